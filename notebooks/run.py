@@ -7,7 +7,6 @@ A notebook that fails stays on disk as it was; its outputs up to the error go to
 Each run's minutes and peak memory become a row of data/results/runtimes.csv.
 """
 
-import os
 import sys
 import threading
 import time
@@ -19,14 +18,11 @@ import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
-# Talk to the kernel through files that only this user can open, not through a port, where the system can do that.
-KERNEL = {"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -73,7 +69,7 @@ def execute(path):
     memory.start()
     with tqdm(total=cells, desc=path.stem, unit="cell", disable=None, leave=False) as bar:
         where = {"metadata": {"path": str(path.parent)}}
-        client = NotebookClient(notebook, timeout=None, resources=where, config=Config(KERNEL))
+        client = NotebookClient(notebook, timeout=None, resources=where, extra_arguments=["--log-level=40"])
         client.on_cell_executed = lambda **_: bar.update()
         try:
             client.execute()
