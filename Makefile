@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: run test lab results bench clean
 
 run: $(VENV)/installed     ## execute all notebooks, top to bottom, in place
-	$(BIN)/python notebooks/run.py
+	$(BIN)/python notebooks/run.py && $(BIN)/python notebooks/readme.py
 
 test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval (profile smoke)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -18,10 +18,10 @@ lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
 
 results: $(VENV)/installed ## rewrite data/results and the README's table
-	$(BIN)/python notebooks/run.py 01 05
+	$(BIN)/python notebooks/run.py 01 05 && $(BIN)/python notebooks/readme.py
 
 bench: $(VENV)/installed   ## rewrite data/results/bench.csv
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py && $(BIN)/python notebooks/readme.py
 
 clean:                     ## forget data, models and adapters that can be fetched or made again
 	rm -rf data/cache

@@ -52,17 +52,13 @@ class Profile:
     batch_size: int  # prompts per optimiser step
 
 
-PROFILES = {
-    p.name: p
-    for p in (
-        Profile("smoke", None, layers=2, epochs=5, tune_rows=16, eval_rows=60, batch_size=8),
-        Profile("cpu", None, layers=None, epochs=500, tune_rows=160, eval_rows=240, batch_size=8),
-        Profile(
-            "gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 500, tune_rows=8_000, eval_rows=7_331, batch_size=16
-        ),
-        Profile("paper", "lmsys/vicuna-7b-v1.5", None, 500, tune_rows=33_891, eval_rows=7_331, batch_size=16),
-    )
-}
+_PROFILES = (  # in the order of the fields above
+    Profile("smoke", None, 2, 5, 16, 60, 8),
+    Profile("cpu", None, None, 600, 128, 200, 8),
+    Profile("gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 600, 8_000, 7_331, 16),
+    Profile("paper", "lmsys/vicuna-7b-v1.5", None, 600, 33_891, 7_331, 16),
+)
+PROFILES = {profile.name: profile for profile in _PROFILES}
 
 
 def current_profile():
@@ -110,13 +106,6 @@ def fingerprint(*things):
         text = inspect.getsource(thing) if callable(thing) else repr(thing)
         digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else text.encode())
     return digest.hexdigest()[:8]
-
-
-def set_seed(seed):
-    """Seed Python, NumPy and torch (CPU and CUDA)."""
-    from accelerate.utils import set_seed as seed_all
-
-    seed_all(seed)
 
 
 def show(thing):
@@ -437,7 +426,7 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patien
     for split in ("train", "valid"):
         if getattr(dataset, split).label.nunique() < 2:
             raise ValueError(
-                f"{split}: all labels are {getattr(dataset, split).label.iloc[0]}; both classes are needed"
+                f"{split}: all labels are {getattr(dataset, split).label.iloc[0]}; likes and dislikes needed"
             )
     users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -470,9 +459,8 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patien
 def cf_scores(model, rows):
     """Logits of a collaborative model (MF or BinMF) for `rows` (columns `user`, `item`): float32 array [len(rows)]."""
     model.eval()
-    return model(
-        torch.from_numpy(rows.user.to_numpy(copy=True)), torch.from_numpy(rows.item.to_numpy(copy=True))
-    ).numpy()
+    users, items = (torch.from_numpy(rows[column].to_numpy(copy=True)) for column in ("user", "item"))
+    return model(users, items).numpy()
 
 
 def fit_mf(dataset, dim=256, seed=0, max_epochs=600, progress=True):
@@ -691,6 +679,11 @@ def load_llm(name=None, *, nf4=None, layers=None):
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise OSError(f"no LLM {str(source)!r}: {reason} Give a folder, or a hub name and a connection") from None
+    for module in model.modules():
+        # bitsandbytes 0.50 would repack 4-bit weights at the first scoring on a CPU with AVX512-BF16, and from then on
+        # no gradient passes through them (torch only warns): tuning after scoring would be silently wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.name_or_path = str(name)  # what the adapter's card will say
     return model.requires_grad_(False).eval(), tokenizer
 
@@ -770,6 +763,7 @@ def tune(model, tokenizer, prompts, labels, *, batch_size=8, lr=1e-3, epochs=1, 
     Raises ValueError for labels that are not 0/1, of one class only, or not one a prompt.
     """
     from accelerate import Accelerator
+    from accelerate.utils import set_seed
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     labels = np.asarray(labels)
@@ -896,9 +890,7 @@ def auc(labels, scores):
     labels, scores = _check_scores(labels, scores)
     positives = labels.sum()
     if positives in (0, len(labels)):
-        raise ValueError(
-            f"AUC needs both classes; all {len(labels)} labels are {labels[0] if len(labels) else 'absent'}"
-        )
+        raise ValueError(f"AUC needs liked and disliked rows; {positives} of {len(labels)} rows are liked")
     return float(_group_auc(np.zeros(len(labels), np.int64), labels, scores)[0])
 
 

@@ -1,4 +1,4 @@
-"""Execute the notebooks in order and save them in place; then rewrite the README's results table.
+"""Execute the notebooks in order and save them in place.
 
 python notebooks/run.py          all of them
 python notebooks/run.py 01 05    those that begin so
@@ -98,39 +98,10 @@ def note_runtime(path, minutes, peak_gb, profile):
         rows.sort_values(["profile", "notebook"]).to_csv(part, index=False)
 
 
-def results_table(metrics):
-    """The rows of metrics.csv as a Markdown table, best known first within each set of rows."""
-    names = {("mf", "paper"): "matrix factorisation, 256 numbers", ("codes", "ours"): "codes alone, 32 bits"}
-    names |= {("llm", "text"): "LLM, titles only", ("llm", "one_step"): "LLM, titles + codes, one step"}
-    names |= {("llm", "two_step"): "LLM, titles + codes, two steps", ("popularity", ""): "popularity (no learning)"}
-    lines = ["| method | test rows | AUC [95 %] | UAUC [95 %] | users | training | profile |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    kinds = ["popularity", "mf", "mf_bias", "continuous", "codes", "llm"]
-    metrics = metrics.assign(kind=metrics.model.map(kinds.index)).sort_values(
-        ["rows", "profile", "kind", "variant", "format"], ascending=[False, True, True, True, True], kind="stable"
-    )
-    for row in metrics.itertuples():
-        name = names.get((row.model, row.variant), f"{row.model} {row.variant}")
-        name += ", dotted" if row.format == "dotted" else ""
-        cells = [
-            f"{v:.4f} [{lo:.3f}, {hi:.3f}]"
-            for v, lo, hi in ((row.auc, row.auc_lo, row.auc_hi), (row.uauc, row.uauc_lo, row.uauc_hi))
-        ]
-        time_text = f"{row.seconds:.0f} s" if row.seconds == row.seconds else ""
-        lines.append("| " + " | ".join([name, f"{row.rows:,}", *cells, f"{row.users}", time_text, row.profile]) + " |")
-    machines = "; ".join(f"{p}: {h}" for p, h in sorted(set(zip(metrics.profile, metrics.hardware))))
-    return "\n".join([*lines, "", f"Made on {machines}."])
-
-
-def readme_with(table):
-    """README.md with `table` between its two result marks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = text.split("<!-- results -->\n")
-    return f"{before}<!-- results -->\n{table}\n<!-- end of results -->{rest.split('<!-- end of results -->')[1]}"
-
-
-def read_metrics(folder):
-    return pd.read_csv(folder / "metrics.csv").fillna({"variant": "", "format": ""})
+def shown(kind, profile):
+    """An output folder, seen from the repository."""
+    folder = bu.output_folder(kind, profile)
+    return folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
 
 
 def main():
@@ -143,11 +114,7 @@ def main():
         minutes, peak_gb = execute(path)
         note_runtime(path, minutes, peak_gb, profile)
         print(f"[{place}/{len(paths)}] {path.name}: {minutes:.1f} min, {peak_gb:.1f} GB", flush=True)
-    results, figures = (bu.output_folder(kind, profile) for kind in ("data/results", "figures"))
-    if profile.name != "smoke" and (results / "metrics.csv").exists():
-        with bu.replacing(ROOT / "README.md") as part:
-            part.write_text(readme_with(results_table(read_metrics(results))), encoding="utf-8")
-    print(f"pictures: {figures}\nresults:  {results / 'metrics.csv'} (and the table in README.md)")
+    print(f"pictures: {shown('figures', profile)}\nresults:  {shown('data/results', profile)}/metrics.csv")
 
 
 if __name__ == "__main__":

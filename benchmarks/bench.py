@@ -1,0 +1,191 @@
+"""Speed and memory side by side with the plain way of doing the same; each comparison becomes a row of bench.csv.
+
+python benchmarks/bench.py               all of them, about ten minutes on two CPU cores
+python benchmarks/bench.py uauc score    some
+
+Both sides run in one session, taking turns, and must give the same result; the ratio is that of the medians.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import binllm_utils as bu
+
+COLUMNS = "bench ours peer unit ratio peer_name peer_version hardware versions commit runs".split()
+
+
+def take_turns(ours, peer, runs):
+    """Run both `runs` times in alternation; returns (our seconds, peer seconds, our last result, peer's)."""
+    seconds, results = ([], []), [None, None]
+    for _ in range(runs):
+        for side, work in enumerate((ours, peer)):
+            began = time.perf_counter()
+            results[side] = work()
+            seconds[side].append(time.perf_counter() - began)
+    return *seconds, *results
+
+
+def note(bench, ours, peer, unit, peer_name, peer_version, runs):
+    """Print one comparison and put it into bench.csv in place of an earlier one."""
+    ours, peer = float(np.median(ours)), float(np.median(peer))
+    row = {"bench": bench, "ours": round(ours, 4), "peer": round(peer, 4), "unit": unit, "ratio": round(peer / ours, 2)}
+    row |= {"peer_name": peer_name, "peer_version": peer_version, "runs": runs}
+    row |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
+    table = pd.DataFrame([row])[COLUMNS]
+    path = ROOT / "data" / "results" / "bench.csv"
+    if path.exists():
+        old = pd.read_csv(path)
+        table = pd.concat([old[old.bench != bench], table], ignore_index=True)
+    with bu.replacing(path) as part:
+        table.to_csv(part, index=False)
+    print(f"{bench}: {peer / ours:.1f} times better ({ours:.3g} against {peer:.3g} {unit}, {peer_name})", flush=True)
+
+
+def loop_auc_uauc(users, labels, scores):
+    """AUC and UAUC with scikit-learn, user by user: the plain way."""
+    each = []
+    for user in np.unique(users):
+        mine = users == user
+        if len(np.unique(labels[mine])) == 2:
+            each.append(roc_auc_score(labels[mine], scores[mine]))
+    return roc_auc_score(labels, scores), float(np.mean(each))
+
+
+def plain_codes(dataset, epochs):
+    """The same training with a row-wise DataLoader and a per-user evaluation loop; valid AUC of each epoch."""
+    torch.manual_seed(0)
+    model = bu.BinMF(dataset.n_users, dataset.n_items, 32)
+    with torch.no_grad():
+        for table, seen in ((model.user, dataset.train.user), (model.item, dataset.train.item)):
+            table.weight[np.setdiff1d(np.arange(len(table.weight)), seen)] = 0.0
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=3e-5)
+    rows = TensorDataset(*(torch.tensor(dataset.train[c].to_numpy()) for c in ("user", "item", "label")))
+    shuffle, curve = torch.Generator().manual_seed(0), []
+    valid = dataset.valid
+    for _ in range(epochs):
+        model.train()
+        order = torch.randperm(len(rows), generator=shuffle).tolist()
+        for users, items, labels in DataLoader(rows, batch_size=2048, sampler=order):
+            loss = F.binary_cross_entropy_with_logits(model(users, items), labels.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scores = bu.cf_scores(model, valid)
+        curve.append(loop_auc_uauc(valid.user.to_numpy(), valid.label.to_numpy(), scores)[0])
+    return curve
+
+
+def bench_codes_fit():
+    """ML-1M, 32 bits, on one core: time to the best valid AUC, and the same epochs done the plain way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dataset = bu.load_ml1m()
+    epochs = 20
+    ours = lambda: bu.fit_codes(dataset, max_epochs=epochs, progress=False)[1].valid_auc.tolist()  # noqa: E731
+    a, b, curve, plain = take_turns(ours, lambda: plain_codes(dataset, epochs), runs=3)
+    assert np.allclose(curve, plain, atol=2e-3), "the two sides must train alike"
+    began = time.perf_counter()
+    _, curve = bu.fit_codes(dataset, progress=False)
+    best = curve.loc[curve.valid_auc.idxmax()]
+    print(
+        f"whole fit on one core: best valid AUC {best.valid_auc:.4f} after {best.seconds:.1f} s "
+        f"({time.perf_counter() - began:.1f} s with the patience after it)"
+    )
+    note(
+        "codes_fit",
+        np.array(a) / epochs,
+        np.array(b) / epochs,
+        "s per epoch",
+        "torch DataLoader + scikit-learn loop",
+        f"{version('torch')}, {version('scikit-learn')}",
+        3,
+    )
+    torch.set_num_threads(threads)
+
+
+def bench_uauc():
+    """UAUC of a million rows of 50,000 users."""
+    rng = np.random.default_rng(0)
+    users, labels = np.sort(rng.integers(0, 50_000, 10**6)), rng.integers(0, 2, 10**6)
+    scores = rng.normal(size=10**6).round(3)
+
+    def loop():
+        begin = np.flatnonzero(np.diff(users, prepend=-1))
+        each = []
+        for mine in np.split(np.arange(len(users)), begin[1:]):
+            if 0 < labels[mine].sum() < len(mine):
+                each.append(roc_auc_score(labels[mine], scores[mine]))
+        return float(np.mean(each))
+
+    a, b, ours, plain = take_turns(lambda: bu.uauc(users, labels, scores)[0], loop, runs=3)
+    assert abs(ours - plain) < 1e-12
+    note("uauc", a, b, "s", "scikit-learn roc_auc_score per user", version("scikit-learn"), 3)
+
+
+def child(side, prompts_file, out_file):
+    """Score prompts in a process of its own, so that its peak memory is its own. Prints seconds and gigabytes."""
+    import resource
+
+    prompts = json.loads(Path(prompts_file).read_text())
+    model, tokenizer = bu.load_llm()
+    bu.score(model, tokenizer, prompts[:2], progress=False)  # warm up
+    began = time.perf_counter()
+    if side == "ours":
+        scores = bu.score(model, tokenizer, prompts, progress=False)
+    else:
+        tokenizer.padding_side = "left"
+        yes, no = bu.answer_tokens(tokenizer)
+        scores = []
+        with torch.inference_mode():
+            for start in range(0, len(prompts), 32):  # the reference evaluates 64 at a time; that would only be worse
+                batch = tokenizer(prompts[start : start + 32], padding=True, return_tensors="pt")
+                logits = model(**batch).logits[:, -1]
+                scores += torch.softmax(logits[:, [yes, no]], 1)[:, 0].tolist()
+    seconds = time.perf_counter() - began
+    np.save(out_file, np.array(scores))
+    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+
+
+def bench_score():
+    """Prompts with titles and codes: prompts per second, and peak memory of the whole process."""
+    dataset = bu.load_ml1m()
+    rows = dataset.test.sample(128, random_state=0)
+    prompts = bu.build_prompts(dataset, rows, bu.cached_codes(dataset))
+    measured = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "prompts.json")
+        file.write_text(json.dumps(prompts))
+        for _ in range(3):
+            for side in measured:
+                command = [sys.executable, __file__, "--child", side, str(file), f"{folder}/{side}.npy"]
+                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                measured[side].append(json.loads(out.splitlines()[-1]))
+        gap = np.abs(np.load(f"{folder}/ours.npy") - np.load(f"{folder}/peer.npy")).max()
+    assert gap < 1e-4, f"the scores differ by {gap}"
+    peer = "transformers loop: full logits, padded in the order given, 32 a batch", version("transformers")
+    ours, plain = (np.array(measured[side]) / [len(prompts), 1] for side in ("ours", "peer"))
+    note("score", ours[:, 0], plain[:, 0], "s per prompt", *peer, 3)
+    note("score_memory", ours[:, 1], plain[:, 1], "GB at the peak", *peer, 3)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        benches = {"codes_fit": bench_codes_fit, "uauc": bench_uauc, "score": bench_score}
+        for name in sys.argv[1:] or benches:
+            benches[name]()

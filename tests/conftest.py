@@ -1,0 +1,53 @@
+"""Shared fixtures. The tests run in the smoke profile and never ask the hub."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("BINLLM_PROFILE", "smoke")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else each missing name costs half a minute of retries
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import binllm_utils as bu
+
+
+def make_rows(seed, n, n_users=20, n_items=30, start=0):
+    """Random interactions with a pattern to learn: even users like even items."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.permutation(n_users * n_items)[:n]
+    user, item = pairs // n_items, pairs % n_items
+    noise = rng.random(n) < 0.1
+    label = ((user % 2 == item % 2) ^ noise).astype(np.int64)
+    when = np.sort(rng.integers(start, start + 1000, n))
+    return pd.DataFrame({"user": user, "item": item, "label": label, "timestamp": when})
+
+
+def make_dataset(**changes):
+    parts = {"train": make_rows(0, 400), "valid": make_rows(1, 100, start=1000), "test": make_rows(2, 100, start=2000)}
+    return bu.Dataset(**(parts | {"titles": [f"Film {i} ({1950 + i})" for i in range(30)], "name": "toy"} | changes))
+
+
+@pytest.fixture
+def toy():
+    return make_dataset()
+
+
+@pytest.fixture
+def toy_codes():
+    rng = np.random.default_rng(0)
+    return bu.Codes(rng.integers(0, 2, (20, 16), dtype=np.uint8), rng.integers(0, 2, (30, 16), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
+def ml1m():
+    return bu.load_ml1m()
+
+
+@pytest.fixture
+def llm():
+    """The real LLM's first two layers: every code path, a fifteenth of the work. Fresh for each test."""
+    return bu.load_llm(layers=2)

@@ -1,0 +1,111 @@
+"""The data: the paper's split of the real ML-1M, point-in-time histories, and bad input."""
+
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_dataset, make_rows
+
+import binllm_utils as bu
+
+
+def test_the_split_is_the_papers(ml1m):
+    sizes = {s: (len(f), f.user.nunique(), f.item.nunique()) for s in bu.SPLITS for f in [getattr(ml1m, s)]}
+    assert sizes == {"train": (33891, 740, 3087), "valid": (10401, 356, 2506), "test": (7331, 320, 2203)}
+    shares = [round(getattr(ml1m, s).label.mean(), 4) for s in bu.SPLITS]
+    assert shares == [0.5368, 0.5283, 0.5454]
+    assert (ml1m.n_users, ml1m.n_items) == (838, 3255)  # the paper's 839 and 3,256 count a padding id
+
+
+def test_uauc_counts_the_papers_users(ml1m):
+    for split, users in (("test", 224), ("valid", 282)):
+        rows = getattr(ml1m, split)
+        assert bu.uauc(rows.user, rows.label, np.arange(len(rows)))[1] == users
+
+
+def test_splits_follow_each_other_in_time(ml1m):
+    assert ml1m.train.timestamp.max() < ml1m.valid.timestamp.min() <= ml1m.valid.timestamp.max()
+    assert ml1m.valid.timestamp.max() < ml1m.test.timestamp.min()
+
+
+def test_popularity_gives_the_known_anchor(ml1m):
+    scores = bu.popularity_baseline(ml1m, ml1m.test)
+    assert bu.auc(ml1m.test.label, scores) == pytest.approx(0.7317, abs=5e-5)
+    assert bu.uauc(ml1m.test.user, ml1m.test.label, scores)[0] == pytest.approx(0.6816, abs=5e-5)
+
+
+def test_official_archive_gives_the_same_dataset(ml1m, tmp_path, monkeypatch):
+    """Rewrite the registry's ratings in the official files' format and order, and load those."""
+    ratings = bu._read_ml1m(bu.fetch(bu.ML1M_OFFICIAL, bu.ML1M_REGISTRY))
+    month = pd.to_datetime(ratings.timestamp, unit="s").dt.to_period("M")
+    ratings = ratings[month.between("2001-06", "2003-01") | (ratings.timestamp == ratings.timestamp.min())].copy()
+    ratings["movie"] = pd.factorize(ratings.title)[0] + 1
+    ratings = ratings.sample(frac=1, random_state=0)  # the order of equal times must not matter
+    lines = ratings[["user", "movie", "rating", "timestamp"]].astype(str).agg("::".join, axis=1)
+    movies = ratings[["movie", "title"]].drop_duplicates()
+    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
+        archive.writestr("ml-1m/ratings.dat", "\n".join(lines) + "\n")
+        text = "\n".join(f"{m}::{t}::Drama" for m, t in zip(movies.movie, movies.title)) + "\n"
+        archive.writestr("ml-1m/movies.dat", text.encode("latin-1"))
+    monkeypatch.setattr(bu, "fetch", lambda *sources, cache=None: tmp_path / "ml-1m.zip")
+    official = bu.load_ml1m()
+    assert official.titles == ml1m.titles
+    for split in bu.SPLITS:
+        pd.testing.assert_frame_equal(getattr(official, split), getattr(ml1m, split))
+
+
+def test_history_is_what_was_liked_strictly_before(toy):
+    for rows in (toy.train, toy.test):
+        log = toy.log
+        for row, history in zip(rows.itertuples(), bu.liked_before(toy, rows, last=3)):
+            before = log[(log.user == row.user) & (log.label == 1) & (log.timestamp < row.timestamp)]
+            wanted = before.sort_values("timestamp", kind="stable").item.tail(3)
+            assert history.tolist() == wanted.tolist()
+
+
+def test_history_leaves_out_the_same_second():
+    rows = pd.DataFrame({"user": [0, 0, 0], "item": [0, 1, 2], "label": [1, 1, 1], "timestamp": [5, 5, 6]})
+    dataset = make_dataset(train=rows)
+    assert [h.tolist() for h in bu.liked_before(dataset, rows)] == [[], [], [0, 1]]
+
+
+def test_history_of_a_new_row_and_a_new_user(toy):
+    rows = pd.DataFrame({"user": [0, 99], "item": [0, 0], "timestamp": [10**9, 10**9]})
+    known, unknown = bu.liked_before(toy, rows, last=10**6)
+    log = toy.log
+    assert len(known) == ((log.user == 0) & (log.label == 1)).sum()
+    assert len(unknown) == 0
+
+
+def test_sample_holds_whole_users_up_to_the_cap(ml1m):
+    rows = bu.sample_rows(ml1m.test, 200, per_user=10)
+    assert len(rows) == 200 and rows.index.is_unique and rows.index.isin(ml1m.test.index).all()
+    per_user = rows.user.value_counts()
+    full = ml1m.test.user.value_counts().clip(upper=10)[per_user.index]
+    assert (per_user == full).sum() >= len(per_user) - 1  # only the last user may be cut short
+    assert rows.equals(bu.sample_rows(ml1m.test, 200, per_user=10))
+    assert not rows.equals(bu.sample_rows(ml1m.test, 200, seed=1, per_user=10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": make_rows(0, 50).drop(columns="label")}, "train: column 'label' is missing"),
+        ({"valid": make_rows(0, 50).iloc[:0]}, "valid: the split is empty"),
+        ({"test": make_rows(2, 50).replace({"label": {1: 2}})}, r"test, row \d+: label 2 is not 0 or 1"),
+        ({"train": make_rows(0, 50).assign(user=-1)}, "train, row 0: user id -1 is below 0"),
+        ({"train": make_rows(0, 50).assign(label=0.5)}, "train: column 'label' holds float64, not integers"),
+        ({"titles": ["A"] * 29}, r"row \d+: item id 29 has no title"),
+        ({"titles": ["A"] * 29 + [" "]}, r"row \d+: item id 29 has no title"),
+    ],
+)
+def test_bad_data_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_dataset(**change)
+
+
+def test_a_duplicate_row_is_named(toy):
+    twice = pd.concat([toy.train, toy.train.iloc[[7]]], ignore_index=True)
+    with pytest.raises(ValueError, match=rf"train, row {len(toy.train)}: user \d+ and item \d+ come twice"):
+        make_dataset(train=twice)

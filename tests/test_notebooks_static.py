@@ -1,0 +1,117 @@
+"""What every committed notebook must satisfy, read from the file alone (no kernel; milliseconds)."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)
+def notebook(request):
+    return request.param, nbformat.read(request.param, as_version=4)
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def test_there_are_six():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05"]
+
+
+def test_is_valid(notebook):
+    nbformat.validate(notebook[1])
+
+
+def test_ran_top_to_bottom(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook[1])]
+    assert counts == list(range(1, len(counts) + 1)), "run it with notebooks/run.py"
+
+
+def test_stores_no_error_and_no_warning(notebook):
+    for cell in code_cells(notebook[1]):
+        for output in cell.outputs:
+            assert output.output_type != "error", cell.source[:80]
+            assert output.get("name") != "stderr", output.text[:200]
+
+
+def test_was_not_left_in_the_smoke_profile(notebook):
+    (printed,) = code_cells(notebook[1])[0].outputs
+    assert printed.text.startswith("profile ") and not printed.text.startswith("profile smoke")
+
+
+def test_keeps_no_widget_state(notebook):
+    assert "widgets" not in notebook[1].metadata  # GitHub refuses a notebook whose widget state it cannot read
+
+
+def test_ends_no_cell_with_a_semicolon(notebook):
+    for cell in code_cells(notebook[1]):
+        assert not cell.source.rstrip().endswith(";"), cell.source[-60:]  # nbval ignores what ";" hides
+
+
+def test_names_no_private_path(notebook):
+    text = notebook[0].read_text(encoding="utf-8")
+    assert not re.search(r"/(home|Users|root|work|tmp)/|[A-Z]:\\\\Users", text)
+
+
+def test_is_small(notebook):
+    assert notebook[0].stat().st_size < 1_000_000
+
+
+def test_code_parses(notebook):
+    for cell in code_cells(notebook[1]):
+        ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", cell.source))
+
+
+def test_set_up_is_the_same_in_all(notebook):
+    first = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    mine = code_cells(notebook[1])[0].source
+    assert mine.splitlines()[:-1] == first.splitlines()[:-1]
+    assert mine.splitlines()[-1] == f'profile = bu.start("{notebook[0].stem}")'
+
+
+def test_opens_with_its_question_and_closes_with_exercises(notebook):
+    prose = [cell.source for cell in notebook[1].cells if cell.cell_type == "markdown"]
+    for word in ("Open in Colab", "**The question.**", "**You will learn**", "**You need**", "**Time and memory**"):
+        assert word in prose[0], word
+    whole = "\n".join(prose)
+    for heading in ("## What we saw", "## What can go wrong", "## Exercises", "## Where to go next"):
+        assert heading in whole, heading
+    solutions = [cell for cell in code_cells(notebook[1]) if "solution" in cell.metadata.get("tags", [])]
+    assert len(solutions) == 3 and all("assert" in cell.source for cell in solutions)
+    assert all(cell.metadata.jupyter.source_hidden for cell in solutions)
+
+
+def test_has_enough_prose(notebook):
+    words = sum(len(cell.source.split()) for cell in notebook[1].cells if cell.cell_type == "markdown")
+    lines = sum(bool(line.strip()) for cell in code_cells(notebook[1]) for line in cell.source.splitlines())
+    assert words / lines > 4
+
+
+def test_every_picture_has_a_text_and_a_file(notebook):
+    for cell in code_cells(notebook[1]):
+        for name in re.findall(r'save_figure\(fig, "(\w+)"', cell.source):
+            (output,) = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+            assert len(output.metadata["image/png"]["alt"]) > 40
+            picture = ROOT / "figures" / f"{name}.png"
+            assert picture.stat().st_size < 300_000
+
+
+def test_links_lead_somewhere(notebook):
+    for cell in notebook[1].cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", cell.source):
+                assert (notebook[0].parent / target).exists(), target
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert len(links) > 6
+    for target in links:
+        assert (ROOT / target).exists(), target

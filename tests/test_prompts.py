@@ -1,0 +1,79 @@
+"""Prompts: the paper's words to the byte, and a clean mode."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_dataset
+
+import binllm_utils as bu
+
+
+@pytest.fixture
+def three(toy_codes):
+    """Two likes of user 0, then the row to ask about; user 1 has no history."""
+    train = pd.DataFrame(
+        {"user": [0, 0, 0, 1], "item": [0, 1, 2, 3], "label": [1, 0, 1, 1], "timestamp": [10, 20, 30, 40]}
+    )
+    titles = ["Matrix, The (1999)", "Bad {film}", " Big (1988) ", *[f"Film {i}" for i in range(3, 30)]]
+    dataset = make_dataset(train=train, titles=titles)
+    rows = pd.DataFrame({"user": [0, 1], "item": [2, 1], "timestamp": [50, 40]})
+    return dataset, rows, toy_codes
+
+
+def test_the_papers_prompt_byte_for_byte(three):
+    dataset, rows, codes = three
+    user, item = bu.to_bits(codes.users[0]), bu.to_bits(codes.items[2])
+    assert bu.build_prompts(dataset, rows, codes, faithful=True)[0] == (
+        '#Question: A user has given high ratings to the following movies: "Matrix, The (1999)", " Big (1988) ". '
+        "Additionally, we have information about the user's preferences encoded in the feature "
+        + user
+        + ". Using all available information, make a prediction about whether the user would enjoy the movie titled "
+        '"Big (1988)" with the feature ' + item + '? Answer with "Yes" or "No". \\n#Answer:'
+    )
+
+
+def test_the_text_only_prompt_byte_for_byte(three):
+    dataset, rows, _ = three
+    assert bu.build_prompts(dataset, rows, style="text", faithful=True)[1] == (
+        "#Question: A user has given high ratings to the following movies: unkow. Leverage the information to predict "
+        'whether the user would enjoy the movie titled "Bad {film}"? Answer with "Yes" or "No". \\n#Answer:'
+    )
+
+
+def test_clean_mode_differs_in_the_typing_errors_only(three):
+    dataset, rows, codes = three
+    for style in bu.TEMPLATES:
+        clean = bu.build_prompts(dataset, rows, codes, style)
+        faithful = bu.build_prompts(dataset, rows, codes, style, faithful=True)
+        assert clean == [text.replace(" \\n", "\n").replace("unkow", "none so far") for text in faithful]
+        assert all(text.endswith('Answer with "Yes" or "No".\n#Answer:') for text in clean)
+
+
+def test_codes_only_shows_no_title(three):
+    dataset, rows, codes = three
+    for text in bu.build_prompts(dataset, rows, codes, "codes", "dotted"):
+        assert not any(title.strip() in text for title in dataset.titles[:3])
+    assert bu.to_dotted(codes.users[1]) in text and bu.to_dotted(codes.items[1]) in text
+
+
+def test_at_most_ten_titles_and_the_latest(toy):
+    last = toy.test.assign(timestamp=10**9)
+    for row, text in zip(last.itertuples(), bu.build_prompts(toy, last, style="text")):
+        log = toy.log
+        likes = log[(log.user == row.user) & (log.label == 1)].sort_values("timestamp", kind="stable").item.tail(10)
+        listed = text.split("movies: ")[1].split(". Leverage")[0]
+        assert listed == (", ".join(f'"{toy.titles[i]}"' for i in likes) or "none so far")
+
+
+def test_bad_calls_are_named(toy, toy_codes):
+    with pytest.raises(ValueError, match="pass codes="):
+        bu.build_prompts(toy, toy.test)
+    with pytest.raises(ValueError, match=r"choose from \['text', 'codes', 'text\+codes'\]"):
+        bu.build_prompts(toy, toy.test, toy_codes, style="poem")
+    with pytest.raises(ValueError, match=r"\['bits', 'dotted'\]"):
+        bu.build_prompts(toy, toy.test, toy_codes, fmt="hex")
+    few = bu.Codes(toy_codes.users[:5], toy_codes.items)
+    with pytest.raises(ValueError, match=r"user \d+ has no code; codes hold 5 users"):
+        bu.build_prompts(toy, toy.test, few)
+    assert bu.build_prompts(toy, toy.test.iloc[:0], toy_codes) == []
+    assert np.shape(bu.build_prompts(toy, toy.test, toy_codes)) == (len(toy.test),)

@@ -1,0 +1,93 @@
+"""Records: rows replace what they repeat, foreign files are kept, and the README says what the records say."""
+
+import sys
+
+import pandas as pd
+import pytest
+
+import binllm_utils as bu
+
+sys.path.insert(0, str(bu.ROOT / "notebooks"))
+import readme
+import run
+
+ROW = {"dataset": "toy", "split": "test", "rows": 10, "model": "codes", "variant": "ours", "bits": 32, "seed": 0}
+NUMBERS = {"auc": 0.7, "auc_lo": 0.6, "auc_hi": 0.8, "uauc": 0.6, "uauc_lo": 0.5, "uauc_hi": 0.7, "users": 5}
+
+
+@pytest.fixture
+def smoke(tmp_path, monkeypatch):
+    monkeypatch.setattr(bu, "CACHE", tmp_path)
+    return bu.PROFILES["smoke"], tmp_path / "smoke/data/results/metrics.csv"
+
+
+def test_a_row_replaces_only_the_one_it_repeats(smoke):
+    profile, path = smoke
+    for change in ({}, {"seed": 1}, {"format": "dotted"}, {"auc": 0.75}):
+        bu.record(profile, **(ROW | NUMBERS | change))
+    table = pd.read_csv(path)
+    assert list(table.columns) == bu.METRIC_COLUMNS
+    assert len(table) == 3  # the last one repeats the first
+    assert table.auc.tolist() == [0.7, 0.7, 0.75] and table.seed.tolist() == [1, 0, 0]
+    assert table.hardware.notna().all() and table.versions.str.contains("torch 2.13.0").all()
+
+
+def test_a_file_of_another_schema_is_kept(smoke):
+    profile, path = smoke
+    path.parent.mkdir(parents=True)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv: its columns are not those of this version"):
+        bu.record(profile, **ROW, **NUMBERS)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_the_smoke_profile_never_writes_into_the_repository():
+    for kind in ("figures", "data/results"):
+        assert bu.output_folder(kind, bu.PROFILES["smoke"]).is_relative_to(bu.CACHE)
+        assert bu.output_folder(kind, bu.PROFILES["cpu"]) == bu.ROOT / kind
+
+
+def test_the_committed_records_have_the_agreed_columns():
+    table = pd.read_csv(bu.ROOT / "data/results/metrics.csv")
+    assert list(table.columns) == bu.METRIC_COLUMNS
+    assert not table.duplicated(bu.METRIC_COLUMNS[:9]).any()
+    assert (table.profile != "smoke").all()
+    assert ((table.auc_lo <= table.auc) & (table.auc <= table.auc_hi)).all()
+
+
+def test_the_readmes_tables_are_made_from_the_records():
+    assert readme.rendered() == (bu.ROOT / "README.md").read_text(encoding="utf-8"), "run notebooks/readme.py"
+
+
+def test_a_table_holds_what_the_record_says():
+    row = ROW | NUMBERS | {"profile": "cpu", "hardware": "a box"}
+    table = pd.DataFrame([{column: row.get(column) for column in bu.METRIC_COLUMNS}])
+    text = readme.results_table(table)
+    assert "| codes alone, 32 bits | 10 | 0.7000 [0.600, 0.800] | 0.6000 [0.500, 0.700] | 5 |" in text
+    assert text.endswith("Made on a box.")
+
+
+def test_a_failing_notebook_stays_as_it_was(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")
+    path = tmp_path / "99_fails.ipynb"
+    cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("raise ValueError('on purpose')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"99_fails\.ipynb failed and was left as it was"):
+        run.execute(path)
+    assert path.read_bytes() == before
+    failed = nbformat.read(tmp_path / "cache/failed/99_fails.ipynb", as_version=4)
+    assert failed.cells[0].execution_count == 1 and failed.cells[1].outputs[0].ename == "ValueError"
+
+
+def test_running_saves_outputs_without_dead_progress_bars(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    path = tmp_path / "98_runs.ipynb"
+    source = "from tqdm.auto import tqdm\nimport ipywidgets\nfor _ in tqdm(range(3)): pass\nipywidgets.IntSlider()"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    minutes, peak_gb = run.execute(path)
+    saved = nbformat.read(path, as_version=4)
+    assert minutes > 0 and peak_gb > 0.03
+    assert "widgets" not in saved.metadata and saved.cells[0].execution_count == 1
+    assert [o.data["text/plain"] for o in saved.cells[0].outputs] == ["(interactive: run this notebook to use it)"]

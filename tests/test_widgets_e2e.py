@@ -1,0 +1,124 @@
+"""The bit explorer of notebook 02 in a real JupyterLab and a real browser (about half a minute).
+
+Skipped where no Chromium is installed: `apt-get install chromium`, or set CHROMIUM to its path.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from playwright import sync_api
+
+import binllm_utils as bu
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not CHROMIUM, reason="no Chromium")]
+
+KERNEL_READY = """() => {
+    const kernel = window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel;
+    return kernel && kernel.connectionStatus === 'connected' && kernel.status === 'idle';
+}"""
+RUN_ALL = """() => {
+    window.jupyterapp.commands.execute('notebook:run-all-cells').then(ok => { window.ranOk = ok; });
+}"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """(url, token) of a JupyterLab with a configuration of its own, on a copy of the notebooks."""
+    home, root = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("root")
+    shutil.copytree(bu.ROOT / "notebooks", root / "notebooks")
+    shutil.copytree(bu.ROOT / "data" / "codes", root / "data" / "codes")
+    shutil.copy(bu.ROOT / "binllm_utils.py", root)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    quiet = home / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else a pop-up asks about news
+    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "run"}
+    folders |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "spaces", "IPYTHONDIR": "ipython"}
+    env = os.environ | {name: str(home / folder) for name, folder in folders.items()} | {"BINLLM_CACHE": str(bu.CACHE)}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}"]
+    command += ["--LabApp.expose_app_in_browser=True"]  # gives the page window.jupyterapp
+    with open(home / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/api?token={token}", timeout=2)
+                break
+            assert server.poll() is None, (home / "lab.log").read_text()
+            time.sleep(0.25)
+        yield url, token
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    """Notebook 02 on a page, every cell run."""
+    url, token = lab
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1400, "height": 1100})
+        page.goto(f"{url}/doc/tree/notebooks/02_bit_codes_and_hamming.ipynb?token={token}&reset")
+        page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        page.wait_for_function(KERNEL_READY, timeout=60_000)  # the toolbar says "idle" before there is a kernel
+        page.evaluate(RUN_ALL)
+        page.wait_for_function("() => window.ranOk !== undefined", timeout=180_000)
+        assert page.evaluate("() => window.ranOk"), "a cell raised"
+        page.locator(".widget-dropdown").first.scroll_into_view_if_needed()  # only cells in view are rendered
+        yield page
+        if os.environ.get("SCREENSHOT"):
+            page.screenshot(path=os.environ["SCREENSHOT"])
+        browser.close()
+
+
+def agreeing(page):
+    return int(page.locator(".widget-html caption").inner_text().split()[0])
+
+
+def test_a_flipped_bit_moves_the_similarity_and_the_neighbours(page):
+    caption = page.locator(".widget-html caption")
+    sync_api.expect(caption).to_contain_text("of 32 bits agree")
+    before, films = agreeing(page), page.locator(".widget-html ol").first.inner_text()
+    button = page.locator(".widget-toggle-button").first
+    digit = button.inner_text()
+    button.click()
+    sync_api.expect(button).to_have_text("1" if digit == "0" else "0")
+    sync_api.expect(caption).not_to_contain_text(f"{before} of 32 bits")
+    assert abs(agreeing(page) - before) == 1
+    for place in range(1, 12):
+        page.locator(".widget-toggle-button").nth(place).click()
+    sync_api.expect(page.locator(".widget-html ol").first).not_to_have_text(films)
+    page.get_by_role("button", name="undo flips").click()
+    sync_api.expect(caption).to_contain_text(f"{before} of 32 bits")
+    sync_api.expect(button).to_have_text(digit)
+
+
+def test_another_user_and_another_film_change_the_view(page):
+    view = page.locator(".widget-html table")
+    user, film = page.locator(".widget-dropdown select").first, page.locator(".widget-dropdown select").nth(1)
+    before = page.locator(".widget-html").first.inner_text()
+    film.select_option(index=40)
+    sync_api.expect(page.locator(".widget-html").first).not_to_have_text(before)
+    after_film = page.locator(".widget-html").first.inner_text()
+    user.select_option(index=17)
+    sync_api.expect(page.locator(".widget-html").first).not_to_have_text(after_film)
+    assert "of 32 bits agree" in view.get_attribute("aria-label")  # what a screen reader says
