@@ -738,12 +738,16 @@ def answer_logit(model, batch, answers):
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(batch)), lengths - 1]
-    logits = F.linear(last, causal_lm.get_output_embeddings().weight[answers]).float()
+    logits = F.linear(last.float(), causal_lm.get_output_embeddings().weight[answers].float())
     return logits[:, 0] - logits[:, 1]
 
 
-def score(model, tokenizer, prompts, batch_size=16, progress=True):
-    """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given."""
+def score(model, tokenizer, prompts, batch_size=None, progress=True):
+    """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
+
+    batch_size: None means 4 prompts on a CPU, whose cache then holds what a layer passes on, and 64 on a GPU.
+    """
+    batch_size = batch_size or (4 if next(model.parameters()).device.type == "cpu" else 64)
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
     out = np.empty(len(ids))
     model.eval()

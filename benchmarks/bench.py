@@ -1,6 +1,6 @@
 """Speed and memory side by side with the plain way of doing the same; each comparison becomes a row of bench.csv.
 
-python benchmarks/bench.py               all of them, about ten minutes on two CPU cores
+python benchmarks/bench.py               all of them, about a quarter of an hour on two CPU cores
 python benchmarks/bench.py uauc score    some
 
 Both sides run in one session, taking turns, and must give the same result; the ratio is that of the medians.
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
+PEER_BATCH = 64  # as the reference code evaluates
 COLUMNS = "bench ours peer unit ratio peer_name peer_version hardware versions commit runs".split()
 
 
@@ -151,8 +152,8 @@ def child(side, prompts_file, out_file):
         yes, no = bu.answer_tokens(tokenizer)
         scores = []
         with torch.inference_mode():
-            for start in range(0, len(prompts), 32):  # the reference evaluates 64 at a time; that would only be worse
-                batch = tokenizer(prompts[start : start + 32], padding=True, return_tensors="pt")
+            for start in range(0, len(prompts), PEER_BATCH):
+                batch = tokenizer(prompts[start : start + PEER_BATCH], padding=True, return_tensors="pt")
                 logits = model(**batch).logits[:, -1]
                 scores += torch.softmax(logits[:, [yes, no]], 1)[:, 0].tolist()
     seconds = time.perf_counter() - began
@@ -176,7 +177,7 @@ def bench_score():
                 measured[side].append(json.loads(out.splitlines()[-1]))
         gap = np.abs(np.load(f"{folder}/ours.npy") - np.load(f"{folder}/peer.npy")).max()
     assert gap < 1e-4, f"the scores differ by {gap}"
-    peer = "transformers loop: full logits, padded in the order given, 32 a batch", version("transformers")
+    peer = f"transformers: full logits, padded in the order given, {PEER_BATCH} a batch", version("transformers")
     ours, plain = (np.array(measured[side]) / [len(prompts), 1] for side in ("ours", "peer"))
     note("score", ours[:, 0], plain[:, 0], "s per prompt", *peer, 3)
     note("score_memory", ours[:, 1], plain[:, 1], "GB at the peak", *peer, 3)
