@@ -80,7 +80,8 @@ def plain_codes(dataset, epochs):
     for _ in range(epochs):
         model.train()
         order = torch.randperm(len(rows), generator=shuffle).tolist()
-        for users, items, labels in DataLoader(rows, batch_size=2048, sampler=order):
+        own = torch.Generator()  # else the loader takes a number that our side gives to dropout
+        for users, items, labels in DataLoader(rows, batch_size=2048, sampler=order, generator=own):
             loss = F.binary_cross_entropy_with_logits(model(users, items), labels.float())
             optimizer.zero_grad()
             loss.backward()
