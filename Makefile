@@ -10,9 +10,9 @@ run: $(VENV)/installed     ## execute all notebooks, top to bottom, in place
 
 test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval (profile smoke)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	BINLLM_PROFILE=smoke $(BIN)/pytest tests
 	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks/02_*.ipynb notebooks/03_*.ipynb
 	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks/0[0145]_*.ipynb
-	BINLLM_PROFILE=smoke $(BIN)/pytest tests
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.

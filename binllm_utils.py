@@ -648,8 +648,8 @@ def load_llm(name=None, *, nf4=None, layers=None):
     """(model, tokenizer) of a causal LM, frozen, on the GPU where there is one.
 
     name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct from the package registry, else the
-    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA); None means on a GPU only, since
-    on a CPU it saves memory but costs time (measured in notebook 04). layers: keep only the first ones (for tests).
+    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA); None means on a GPU only: on a
+    CPU it saves memory but no time, and moves the answers (notebook 04 measures it). layers: keep only the first ones (for tests).
     Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU.
     Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
     """
@@ -1004,15 +1004,7 @@ def evaluate(rows, scores):
 
 
 # ------------------------------------------------------------------------------------------------ records and pictures
-COLORS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-]  # Okabe and Ito, colour-blind safe
+COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito, safe for colour-blind eyes
 METRIC_COLUMNS = (
     "dataset split rows model variant bits format seed profile hardware versions commit "
     "auc auc_lo auc_hi uauc uauc_lo uauc_hi users seconds"

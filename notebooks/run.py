@@ -110,6 +110,9 @@ def main():
         p for p in sorted(Path(__file__).parent.glob("[0-9]*.ipynb")) if p.name.startswith(tuple(sys.argv[1:] or [""]))
     ]
     print(f"profile {profile.name} on {bu.hardware()}: {len(paths)} notebooks")
+    print("[data and model] fetched, checked and converted on the first run only", flush=True)
+    bu.load_ml1m()
+    bu.load_llm(profile.llm, layers=profile.layers)
     for place, path in enumerate(paths, 1):
         minutes, peak_gb = execute(path)
         note_runtime(path, minutes, peak_gb, profile)
