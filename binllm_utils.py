@@ -649,7 +649,7 @@ def load_llm(name=None, *, nf4=None, layers=None):
 
     name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct from the package registry, else the
     same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA); None means on a GPU only: on a
-    CPU it saves memory but no time, and moves the answers (notebook 04 measures it). layers: keep only the first ones (for tests).
+    CPU it saves memory but no time, and moves the answers (notebook 04 measures it). layers: keep the first ones only.
     Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU.
     Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
     """
