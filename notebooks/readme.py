@@ -37,7 +37,7 @@ def results_table(metrics):
         uauc = f"{row.uauc:.4f} [{row.uauc_lo:.3f}, {row.uauc_hi:.3f}]"
         seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.0f} s"
         rows.append([name, f"{row.rows:,}", auc, uauc, row.users, seconds, row.profile])
-    header = ["method", "test rows", "AUC [95 %]", "UAUC [95 %]", "users counted", "training", "profile"]
+    header = ["method", "test rows", "AUC [95 %]", "UAUC [95 %]", "users counted", "training, last step", "profile"]
     return markdown(header, rows) + f"\n\nMade on {' and '.join(sorted(set(metrics.hardware)))}."
 
 
