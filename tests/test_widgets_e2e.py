@@ -41,9 +41,13 @@ def lab(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    quiet = home / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else a pop-up asks about news
+    for name, setting in (
+        ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}'),  # else a pop-up asks
+        ("notebook-extension/tracker", '{"windowingMode": "none"}'),  # else only cells in view are rendered
+    ):
+        file = home / f"settings/@jupyterlab/{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(setting)
     folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "run"}
     folders |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "spaces", "IPYTHONDIR": "ipython"}
     env = os.environ | {name: str(home / folder) for name, folder in folders.items()} | {"BINLLM_CACHE": str(bu.CACHE)}
@@ -83,7 +87,8 @@ def page(lab):
         page.evaluate(RUN_ALL)
         page.wait_for_function("() => window.ranOk !== undefined", timeout=180_000)
         assert page.evaluate("() => window.ranOk"), "a cell raised"
-        page.locator(".widget-dropdown").first.scroll_into_view_if_needed()  # only cells in view are rendered
+        page.locator(".widget-html caption").scroll_into_view_if_needed()
+        sync_api.expect(page.locator(".widget-html caption")).to_be_visible()
         yield page
         if os.environ.get("SCREENSHOT"):
             page.screenshot(path=os.environ["SCREENSHOT"])
@@ -91,15 +96,15 @@ def page(lab):
 
 
 def agreeing(page):
-    return int(page.locator(".widget-html caption").inner_text().split()[0])
+    return int(page.locator(".widget-html caption").text_content().split()[0])
 
 
 def test_a_flipped_bit_moves_the_similarity_and_the_neighbours(page):
     caption = page.locator(".widget-html caption")
     sync_api.expect(caption).to_contain_text("of 32 bits agree")
-    before, films = agreeing(page), page.locator(".widget-html ol").first.inner_text()
+    before, films = agreeing(page), page.locator(".widget-html ol").first.text_content()
     button = page.locator(".widget-toggle-button").first
-    digit = button.inner_text()
+    digit = button.text_content()
     button.click()
     sync_api.expect(button).to_have_text("1" if digit == "0" else "0")
     sync_api.expect(caption).not_to_contain_text(f"{before} of 32 bits")
@@ -115,10 +120,10 @@ def test_a_flipped_bit_moves_the_similarity_and_the_neighbours(page):
 def test_another_user_and_another_film_change_the_view(page):
     view = page.locator(".widget-html table")
     user, film = page.locator(".widget-dropdown select").first, page.locator(".widget-dropdown select").nth(1)
-    before = page.locator(".widget-html").first.inner_text()
+    before = page.locator(".widget-html").first.text_content()
     film.select_option(index=40)
     sync_api.expect(page.locator(".widget-html").first).not_to_have_text(before)
-    after_film = page.locator(".widget-html").first.inner_text()
+    after_film = page.locator(".widget-html").first.text_content()
     user.select_option(index=17)
     sync_api.expect(page.locator(".widget-html").first).not_to_have_text(after_film)
     assert "of 32 bits agree" in view.get_attribute("aria-label")  # what a screen reader says
