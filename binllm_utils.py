@@ -820,7 +820,7 @@ def save_adapter(model, folder, card, curve):
         Path(part, "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
-def load_adapter(model, folder, trainable=False):
+def load_adapter(model, folder):
     """Put the adapter saved in `folder` on a fresh `model`; scores are then those of the model that was saved.
 
     Raises OSError when there is none, ValueError when it was tuned on another LLM.
@@ -832,7 +832,7 @@ def load_adapter(model, folder, trainable=False):
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if base != model.name_or_path:
         raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable).eval()
+    return PeftModel.from_pretrained(model, folder).eval()
 
 
 # The ways to tune: style of the prompt, and the variant whose adapter tuning starts from (paper, Section 3.3).

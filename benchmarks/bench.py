@@ -3,7 +3,7 @@
 python benchmarks/bench.py               all of them, about a quarter of an hour on two CPU cores
 python benchmarks/bench.py uauc score    some
 
-Both sides run in one session, taking turns, and must give the same result; the ratio is that of the medians.
+Both sides run in one go, taking turns, and must give the same result; the ratio is that of the medians.
 """
 
 import json
