@@ -341,7 +341,7 @@ def sample_rows(rows, n, seed=0, per_user=10):
     rng = np.random.default_rng(seed)
     shuffled = rows.iloc[rng.permutation(len(rows))]
     shuffled = shuffled[shuffled.groupby("user").cumcount() < per_user]
-    order = pd.Series(rng.permutation(shuffled.user.unique())).reset_index().set_index(0)["index"]
+    order = {user: place for place, user in enumerate(rng.permutation(shuffled.user.unique()))}
     return shuffled.iloc[np.argsort(shuffled.user.map(order), kind="stable")[:n]].sort_index()
 
 
@@ -821,7 +821,7 @@ def save_adapter(model, folder, card, curve):
 
 
 def load_adapter(model, folder):
-    """Put the adapter saved in `folder` on a fresh `model`; scores are then those of the model that was saved.
+    """Put the adapter saved in `folder` on a fresh `model`: it scores as the saved one did, and `tune` can go on.
 
     Raises OSError when there is none, ValueError when it was tuned on another LLM.
     """
@@ -832,7 +832,7 @@ def load_adapter(model, folder):
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if base != model.name_or_path:
         raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
-    return PeftModel.from_pretrained(model, folder).eval()
+    return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
 
 # The ways to tune: style of the prompt, and the variant whose adapter tuning starts from (paper, Section 3.3).
@@ -862,8 +862,6 @@ def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
         return load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if first:
         model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed=seed)
-        for name, weight in model.named_parameters():
-            weight.requires_grad_("lora_" in name)
     else:
         model, tokenizer = load_llm(profile.llm, layers=profile.layers)
     rows = dataset.train.sample(min(profile.tune_rows, len(dataset.train)), random_state=seed)
@@ -1047,23 +1045,32 @@ def output_folder(kind, profile):
     return CACHE / "smoke" / kind if profile.name == "smoke" else ROOT / kind
 
 
+def put_row(path, row, key):
+    """Put `row` (a dict) into the CSV file `path` in place of the one with the same values in `key`; others stay.
+
+    Hardware, versions and commit are added where `row` has room for them (None). Raises ValueError for other columns.
+    """
+    stamps = {"hardware": hardware(), "versions": versions(), "commit": commit()}
+    row = row | {name: stamp for name, stamp in stamps.items() if row.get(name) is None}
+    table = pd.DataFrame([{name: "" if value is None else str(value) for name, value in row.items()}])
+    if Path(path).exists():
+        old = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if list(old.columns) != list(table.columns):
+            raise ValueError(f"{path}: its columns are not those of this version; move the file away and run again")
+        same = (old[key] == table.loc[0, key]).all(axis=1)
+        table = pd.concat([old[~same], table], ignore_index=True)
+    with replacing(path) as part:
+        table.to_csv(part, index=False)
+
+
 def record(profile, **row):
-    """Put one row into data/results/metrics.csv in place of the one it repeats; other rows stay. Returns the row.
+    """Put one result into data/results/metrics.csv; missing columns stay empty.
 
     Two rows are the same result when data, split, rows, model, variant, bits, format, seed and profile agree.
     """
     path = output_folder("data/results", profile) / "metrics.csv"
-    row |= {"profile": profile.name, "hardware": hardware(), "versions": versions(), "commit": commit()}
-    table = pd.DataFrame([{c: "" if row.get(c) is None else str(row[c]) for c in METRIC_COLUMNS}])
-    if path.exists():
-        old = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if list(old.columns) != METRIC_COLUMNS:
-            raise ValueError(f"{path}: its columns are not those of this version; move the file away and run again")
-        same = (old[METRIC_COLUMNS[:9]] == table.loc[0, METRIC_COLUMNS[:9]]).all(axis=1)
-        table = pd.concat([old[~same], table], ignore_index=True)
-    with replacing(path) as part:
-        table.to_csv(part, index=False)
-    return row
+    row |= {"profile": profile.name}
+    put_row(path, {column: row.get(column) for column in METRIC_COLUMNS}, METRIC_COLUMNS[:9])
 
 
 def save_figure(fig, name, alt, profile):

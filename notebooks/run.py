@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -88,14 +87,9 @@ def execute(path):
 
 def note_runtime(path, minutes, peak_gb, profile):
     """Put the run into runtimes.csv, in place of an earlier one of the same notebook and profile."""
-    table = bu.output_folder("data/results", profile) / "runtimes.csv"
     row = {"notebook": path.stem, "profile": profile.name, "minutes": round(minutes, 2), "peak_gb": round(peak_gb, 2)}
-    rows = pd.DataFrame([row | {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}])
-    if table.exists():
-        old = pd.read_csv(table)
-        rows = pd.concat([old[(old.notebook != path.stem) | (old.profile != profile.name)], rows])
-    with bu.replacing(table) as part:
-        rows.sort_values(["profile", "notebook"]).to_csv(part, index=False)
+    row |= dict.fromkeys(("hardware", "versions", "commit"))
+    bu.put_row(bu.output_folder("data/results", profile) / "runtimes.csv", row, ["notebook", "profile"])
 
 
 def shown(kind, profile):
