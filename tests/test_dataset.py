@@ -43,16 +43,26 @@ def test_official_archive_gives_the_same_dataset(ml1m, tmp_path, monkeypatch):
     ratings["movie"] = pd.factorize(ratings.title)[0] + 1
     ratings = ratings.sample(frac=1, random_state=0)  # the order of equal times must not matter
     lines = ratings[["user", "movie", "rating", "timestamp"]].astype(str).agg("::".join, axis=1)
-    movies = ratings[["movie", "title"]].drop_duplicates()
+    movies = ratings.drop_duplicates("movie")
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
         archive.writestr("ml-1m/ratings.dat", "\n".join(lines) + "\n")
-        text = "\n".join(f"{m}::{t}::Drama" for m, t in zip(movies.movie, movies.title)) + "\n"
+        text = (
+            "\n".join(f"{m}::{t}::{'|'.join(g)}" for m, t, g in zip(movies.movie, movies.title, movies.genres)) + "\n"
+        )
         archive.writestr("ml-1m/movies.dat", text.encode("latin-1"))
     monkeypatch.setattr(bu, "fetch", lambda *sources, cache=None: tmp_path / "ml-1m.zip")
     official = bu.load_ml1m()
-    assert official.titles == ml1m.titles
+    assert official.titles == ml1m.titles and official.tags == ml1m.tags
     for split in bu.SPLITS:
         pd.testing.assert_frame_equal(getattr(official, split), getattr(ml1m, split))
+
+
+def test_tags_are_genres_and_five_years(ml1m):
+    tags = dict(zip(ml1m.titles, ml1m.tags))
+    assert tags["Toy Story (1995)"] == ("Animation", "Children's", "Comedy", "1995-1999")
+    assert tags["Casablanca (1942)"] == ("Drama", "Romance", "War", "1940-1944")
+    genres = {tag for mine in ml1m.tags for tag in mine if not tag[0].isdigit()}
+    assert len(genres) == 18 and all(len(mine) >= 2 for mine in ml1m.tags)
 
 
 def test_history_is_what_was_liked_strictly_before(toy):
