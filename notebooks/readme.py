@@ -12,7 +12,13 @@ import binllm_utils as bu
 METHODS = {
     ("popularity", ""): "popularity (no learning)",
     ("mf", "paper"): "matrix factorisation, 256 numbers",
-    ("codes", "ours"): "codes alone, 32 bits",
+    ("mf_bias", ""): "matrix factorisation with biases, 8 numbers",
+    ("codes", "paper"): "codes alone, the paper's formula",
+    ("codes", "reference"): "codes alone, the authors' code",
+    ("continuous", "reference"): "the same, never binary",
+    ("codes", "ours"): "**codes alone, ours**",
+    ("codes", "so_far"): "ours, unseen users by their past so far",
+    ("continuous", "ours"): "ours before the sign",
     ("llm", "text"): "LLM, titles only",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
@@ -26,19 +32,25 @@ def markdown(header, rows):
 
 
 def results_table(metrics):
-    """The rows of metrics.csv: the largest test sets first, then the methods in the order of METHODS."""
-    metrics = metrics.fillna({"variant": "", "format": ""})
+    """The rows of metrics.csv, seeds together: the largest test sets first, then the methods in METHODS' order."""
+    metrics = metrics.fillna({"variant": "", "format": "", "bits": 0}).astype({"bits": int})
     metrics["place"] = [list(METHODS).index(key) for key in zip(metrics.model, metrics.variant)]
+    metrics["size"] = -metrics.rows
     rows = []
-    order = {"by": ["profile", "rows", "place", "format"], "ascending": [True, False, True, True]}
-    for row in metrics.sort_values(**order).itertuples():
-        name = METHODS[row.model, row.variant] + (", dotted" if row.format == "dotted" else "")
-        auc = f"{row.auc:.4f} [{row.auc_lo:.3f}, {row.auc_hi:.3f}]"
-        uauc = f"{row.uauc:.4f} [{row.uauc_lo:.3f}, {row.uauc_hi:.3f}]"
-        seconds = "" if pd.isna(row.seconds) else f"{row.seconds:.0f} s"
-        rows.append([name, f"{row.rows:,}", auc, uauc, row.users, seconds, row.profile])
-    header = ["method", "test rows", "AUC [95 %]", "UAUC [95 %]", "users counted", "training, last step", "profile"]
-    return markdown(header, rows) + f"\n\nMade on {' and '.join(sorted(set(metrics.hardware)))}."
+    for _, seeds in metrics.groupby(["profile", "size", "place", "bits", "format"]):
+        row = seeds.iloc[0]
+        name = METHODS[row.model, row.variant] + (f", {row.bits} bits" if row.bits else "")
+        name += ", dotted" if row.format == "dotted" else ""
+        cells = []
+        for metric in ("auc", "uauc"):
+            spread = f" ± {seeds[metric].std():.4f}" if len(seeds) > 1 else ""
+            low, high = seeds[f"{metric}_lo"].mean(), seeds[f"{metric}_hi"].mean()
+            cells.append(f"{seeds[metric].mean():.4f}{spread} [{low:.3f}, {high:.3f}]")
+        seconds = "" if seeds.seconds.isna().all() else f"{seeds.seconds.mean():.0f} s"
+        rows.append([name, f"{row.rows:,}", len(seeds), *cells, row.users, seconds, row.profile])
+    header = ["method", "test rows", "seeds", "AUC [95 %]", "UAUC [95 %]", "users", "last training", "profile"]
+    note = "± is the standard deviation over seeds; intervals are over users, with several seeds their mean."
+    return markdown(header, rows) + f"\n\n{note} Made on {' and '.join(sorted(set(metrics.hardware)))}."
 
 
 def runtimes_table(runtimes):
@@ -54,7 +66,7 @@ def runtimes_table(runtimes):
 def bench_table(bench):
     """The rows of bench.csv."""
     what = {"codes_fit": "training codes", "uauc": "UAUC of a million rows", "score": "scoring prompts"}
-    what |= {"score_memory": "memory while scoring"}
+    what |= {"score_memory": "memory while scoring", "hamming": "ten nearest of a million codes, 2,000 times"}
     rows = []
     for row in bench.itertuples():
         values = [f"{row.ours:.3g}", f"{row.peer:.3g}", row.unit, f"**{row.ratio:.1f}**"]
