@@ -496,8 +496,9 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patien
     """Train a collaborative `model` on the training split by binary cross-entropy; keep the epoch of best valid AUC.
 
     Stops `patience` epochs after the best one, but never before the valid AUC has passed .52: plain MF and plain
-    straight-through training can sit at .5 for hundreds of epochs before they begin to learn. A step takes 2,048 rows, or a hundredth of the split if that is more:
-    Adam moves whole tables at every step, so this keeps an epoch's cost linear in the rows.
+    straight-through training can sit at .5 for hundreds of epochs before they begin to learn. A step takes 2,048 rows,
+    or a hundredth of the split if that is more: Adam moves whole tables at every step, so this keeps an epoch's cost
+    linear in the rows.
     The same seed gives the same model on the same machine.
     Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`. Leaves `model` in eval mode.
     Raises ValueError when the training or valid labels are of one class only.
