@@ -387,9 +387,10 @@ def _check_bits(code, name="code"):
         raise ValueError(
             f"{name}: a code of {code.shape[-1] if code.ndim else 1} bits; the length must be a multiple of 8"
         )
-    if not ((code == 0) | (code == 1)).all():
-        raise ValueError(f"{name}: a code may hold only 0 and 1, here {code.min()} to {code.max()}")
-    return code.astype(np.uint8)
+    low, high = code.min(initial=0), code.max(initial=0)
+    if low < 0 or high > 1 or (code.dtype.kind == "f" and not np.isin(code, (0, 1)).all()):
+        raise ValueError(f"{name}: a code may hold only 0 and 1, here {low} to {high}")
+    return code.astype(np.uint8, copy=False)
 
 
 class MF(nn.Module):

@@ -61,10 +61,14 @@ def test_the_readmes_tables_are_made_from_the_records():
 
 def test_a_table_holds_what_the_record_says():
     row = ROW | NUMBERS | {"profile": "cpu", "hardware": "a box"}
-    table = pd.DataFrame([{column: row.get(column) for column in bu.METRIC_COLUMNS}])
-    text = readme.results_table(table)
-    assert "| codes alone, 32 bits | 10 | 0.7000 [0.600, 0.800] | 0.6000 [0.500, 0.700] | 5 |" in text
-    assert text.endswith("Made on a box.")
+    rows = [row, row | {"seed": 1, "auc": 0.8, "auc_lo": 0.7, "uauc": 0.5}, row | {"bits": 64, "seconds": 3.0}]
+    table = pd.DataFrame([{column: row.get(column) for column in bu.METRIC_COLUMNS} for row in rows])
+    lines = [line for line in readme.results_table(table).splitlines() if "codes alone" in line]
+    two, one = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert two[0].endswith("32 bits") and one[0].endswith("64 bits")
+    assert two[1:6] == ["10", "2", "0.7500 ± 0.0707 [0.650, 0.800]", "0.5500 ± 0.0707 [0.500, 0.700]", "5"]
+    assert one[1:7] == ["10", "1", "0.7000 [0.600, 0.800]", "0.6000 [0.500, 0.700]", "5", "3 s"]
+    assert readme.results_table(table).endswith("Made on a box.")
 
 
 def test_a_failing_notebook_stays_as_it_was(tmp_path, monkeypatch):
