@@ -6,6 +6,7 @@ Source: Zhang et al., "Text-like Encoding of Collaborative Information in Large 
 ACL 2024. Sections and tables named below are that paper's.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -1043,37 +1044,85 @@ def _batches(ids, rows):
     return torch.tensor(sorted(range(len(ids)), key=lambda i: len(ids[i]))).split(rows)
 
 
-def answer_logit(model, batch, answers):
+def answer_logit(model, batch, answers, past=None):
     """logit(Yes) - logit(No) after each token list of `batch`: float32 [len(batch)].
 
     Only the last position and two rows of the vocabulary are computed. Padding stands on the right, where causal
-    attention never looks, so no mask is needed.
+    attention never looks, so no mask is needed. `past` is the key-value cache of one beginning that all lists go on.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(tokens) for tokens in batch])
     ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
     for row, tokens in enumerate(batch):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal_lm.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    options = {"use_cache": False}
+    if past is not None:
+        past = copy.deepcopy(past)  # the model appends to it
+        past.batch_repeat_interleave(len(batch))
+        options = {"use_cache": True, "past_key_values": past}
+    hidden = _causal_lm(model).get_decoder()(input_ids=ids.to(device), **options).last_hidden_state
     last = hidden[torch.arange(len(batch)), lengths - 1]
-    logits = F.linear(last.float(), causal_lm.get_output_embeddings().weight[answers].float())
+    logits = F.linear(last.float(), _causal_lm(model).get_output_embeddings().weight[answers].float())
     return logits[:, 0] - logits[:, 1]
+
+
+def _causal_lm(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _by_prefix(ids, least=8):
+    """Positions in `ids` grouped by a beginning they share: a list of (number of shared tokens, positions).
+
+    Groups have `least` prompts or more that share at least half of their tokens, but never the last one; all other
+    positions come in one group that shares nothing.
+    """
+    order = sorted(range(len(ids)), key=ids.__getitem__)  # equal beginnings are neighbours now
+    groups, alone, group = [], [], order[:1]
+    shared = len(ids[order[0]]) - 1
+    for position in [*order[1:], None]:
+        common = 0 if position is None else _common(ids[group[0]], ids[position], shared)
+        if position is not None and 2 * common >= len(ids[position]):
+            group.append(position)
+            shared = common
+            continue
+        if len(group) >= least:
+            groups.append((shared, group))
+        else:
+            alone += group
+        if position is not None:
+            group, shared = [position], len(ids[position]) - 1
+    return groups + ([(0, alone)] if alone else [])
+
+
+def _common(a, b, most):
+    """How many tokens `a` and `b` begin with in common, at most `most` and at most all but the last of `b`."""
+    most = min(most, len(b) - 1)
+    return next((place for place in range(most) if a[place] != b[place]), most)
 
 
 def score(model, tokenizer, prompts, batch_size=None, progress=True):
     """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
 
-    batch_size: None means 4 prompts on a CPU, whose cache then holds what a layer passes on, and 64 on a GPU.
+    Prompts that begin alike, such as many candidates for one user, have their beginning read once.
+    batch_size: None means about 1,000 tokens on a CPU, whose cache then holds what a layer passes on, and 64 prompts on
+    a GPU.
     """
-    batch_size = batch_size or (4 if next(model.parameters()).device.type == "cpu" else 64)
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
+    on_cpu = next(model.parameters()).device.type == "cpu"
     out = np.empty(len(ids))
     model.eval()
     with torch.inference_mode(), tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False) as bar:
-        for rows in reversed(_batches(ids, batch_size)):  # longest first: if memory is short, it shows at once
-            out[rows] = answer_logit(model, [ids[i] for i in rows], answers).double().sigmoid().cpu()
-            bar.update(len(rows))
+        for shared, group in _by_prefix(ids):
+            past = None
+            if shared:
+                start = torch.tensor([ids[group[0]][:shared]], device=model.device)
+                past = _causal_lm(model).get_decoder()(input_ids=start, use_cache=True).past_key_values
+            rest = [ids[i][shared:] for i in group]
+            rows = batch_size or (max(4, 1000 // max(map(len, rest))) if on_cpu else 64)
+            for batch in reversed(_batches(rest, rows)):  # longest first: if memory is short, it shows at once
+                logit = answer_logit(model, [rest[i] for i in batch], answers, past)
+                out[[group[i] for i in batch]] = logit.double().sigmoid().cpu()
+                bar.update(len(batch))
     return out
 
 

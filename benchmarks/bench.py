@@ -15,10 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -137,6 +139,19 @@ def bench_uauc():
     note("uauc", a, b, "s", "scikit-learn roc_auc_score per user", version("scikit-learn"), 3)
 
 
+def plain_scores(model, tokenizer, prompts, progress=False):
+    """P(Yes) of each prompt with transformers alone: whole batches, whole logits, padded on the left."""
+    tokenizer.padding_side = "left"
+    yes, no = bu.answer_tokens(tokenizer)
+    scores = []
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(prompts), PEER_BATCH), disable=not progress):
+            batch = tokenizer(prompts[start : start + PEER_BATCH], padding=True, return_tensors="pt")
+            logits = model(**batch).logits[:, -1]
+            scores += torch.softmax(logits[:, [yes, no]], 1)[:, 0].tolist()
+    return np.array(scores)
+
+
 def child(side, prompts_file, out_file):
     """Score prompts in a process of its own, so that its peak memory is its own. Prints seconds and gigabytes."""
     import resource
@@ -145,19 +160,9 @@ def child(side, prompts_file, out_file):
     model, tokenizer = bu.load_llm()
     bu.score(model, tokenizer, prompts[:2], progress=False)  # warm up
     began = time.perf_counter()
-    if side == "ours":
-        scores = bu.score(model, tokenizer, prompts, progress=False)
-    else:
-        tokenizer.padding_side = "left"
-        yes, no = bu.answer_tokens(tokenizer)
-        scores = []
-        with torch.inference_mode():
-            for start in range(0, len(prompts), PEER_BATCH):
-                batch = tokenizer(prompts[start : start + PEER_BATCH], padding=True, return_tensors="pt")
-                logits = model(**batch).logits[:, -1]
-                scores += torch.softmax(logits[:, [yes, no]], 1)[:, 0].tolist()
+    scores = (bu.score if side == "ours" else plain_scores)(model, tokenizer, prompts, progress=False)
     seconds = time.perf_counter() - began
-    np.save(out_file, np.array(scores))
+    np.save(out_file, scores)
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
 
 
@@ -183,10 +188,26 @@ def bench_score():
     note("score_memory", ours[:, 1], plain[:, 1], "GB at the peak", *peer, 3)
 
 
+def bench_candidates():
+    """200 films for one user at one moment: the prompts differ only in the film."""
+    dataset = bu.load_ml1m()
+    user = dataset.test.user.value_counts().index[0]
+    films = np.random.default_rng(0).choice(dataset.n_items, 200, replace=False)
+    rows = pd.DataFrame({"user": user, "item": films, "timestamp": dataset.test.timestamp.max()})
+    prompts = bu.build_prompts(dataset, rows, bu.cached_codes(dataset))
+    model, tokenizer = bu.load_llm()
+    both = [lambda score=score: score(model, tokenizer, prompts, progress=False) for score in (bu.score, plain_scores)]
+    a, b, ours, plain = take_turns(*both, runs=3)
+    assert np.abs(ours - plain).max() < 1e-4
+    peer = f"transformers: whole prompts, full logits, {PEER_BATCH} a batch", version("transformers")
+    note("score_candidates", np.array(a) / len(prompts), np.array(b) / len(prompts), "s per candidate", *peer, 3)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*sys.argv[2:])
     else:
         benches = {"codes_fit": bench_codes_fit, "hamming": bench_hamming, "uauc": bench_uauc, "score": bench_score}
+        benches |= {"candidates": bench_candidates}
         for name in sys.argv[1:] or benches:
             benches[name]()

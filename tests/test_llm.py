@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import binllm_utils as bu
@@ -39,6 +41,47 @@ def test_scores_equal_the_plain_way_whatever_the_batch(llm):
         got = bu.score(model, tokenizer, prompts, batch_size=batch_size, progress=False)
         assert np.abs(got - plain).max() < 1e-5
     assert np.ptp(plain) > 1e-4  # else the comparison says nothing
+
+
+def candidates(user, n):
+    """Prompts that share a long beginning and go on differently, some of them the same."""
+    return [f"{user} {' '.join(WORDS * 8)} {end}" for end in prompts_of(n, seed=5)]
+
+
+def test_shared_beginnings_are_read_once_and_change_no_score(llm, monkeypatch):
+    model, tokenizer = llm
+    prompts = [
+        *candidates("Ann", 20),
+        *prompts_of(5),
+        *candidates("Bob", 9),
+        *candidates("Cy", 2),
+        candidates("Ann", 1)[0],
+    ]
+    order = np.random.default_rng(0).permutation(len(prompts))
+    prompts = [prompts[i] for i in order]
+    read = []
+    decoder = model.get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    shared = bu.score(model, tokenizer, prompts, progress=False)
+    tokens = sum(read)
+    read.clear()
+    monkeypatch.setattr(bu, "_by_prefix", lambda ids: [(0, list(range(len(ids))))])
+    whole = bu.score(model, tokenizer, prompts, progress=False)
+    hook.remove()
+    assert np.abs(shared - whole).max() < 1e-5 and np.ptp(whole) > 1e-4
+    assert tokens < 0.7 * sum(read)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=60), st.integers(2, 8))
+def test_groups_hold_each_prompt_once_and_share_what_they_say(ids, least):
+    groups = bu._by_prefix(ids, least)
+    assert sorted(i for _, group in groups for i in group) == list(range(len(ids)))
+    for shared, group in groups:
+        assert all(ids[i][:shared] == ids[group[0]][:shared] and len(ids[i]) > shared for i in group)
+        if shared:
+            assert len(group) >= least and all(2 * shared >= len(ids[i]) for i in group[1:])
 
 
 def test_the_tokens_that_the_project_stands_on(llm):
