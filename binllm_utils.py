@@ -751,7 +751,7 @@ def fold_in(model, dataset, rows):
     average user as the start, and the penalty is that of training (a few Newton steps on the regularised logistic
     loss; items stay as they are). Put under the users' vectors with weight 0, `binarise` gives these rows codes.
     """
-    users, items = (side.astype(np.float64) for side in model.vectors())
+    items = model.vectors()[1].astype(np.float64)
     average = np.concatenate([model.taste.detach().numpy(), [0, 1]])
     penalty = HYBRID["weight_decay"] * len(dataset.train)
     log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
@@ -795,10 +795,8 @@ def code_report(codes, vectors=None):
         _, sizes = np.unique(np.packbits(code, axis=1), axis=0, return_counts=True)
         p = code.mean(axis=0)
         moving = (p > 0) & (p < 1)
-        q = np.where(moving, p, 0.5)
-        entropy = np.where(moving, -(q * np.log2(q) + (1 - q) * np.log2(1 - q)), 0)
-        spread = np.linalg.eigvalsh(np.cov(code.T.astype(float), bias=True)).clip(1e-12)
-        spread = spread / spread.sum()
+        entropy = torch.special.entr(torch.tensor(np.array([p, 1 - p]))).sum(0).numpy() / math.log(2)
+        spread = torch.tensor(np.linalg.eigvalsh(np.cov(code.T.astype(float), bias=True)).clip(1e-12))
         pairs = np.corrcoef(code.T[moving].astype(float)) if moving.sum() > 1 else np.ones((2, 2))
         rows[name] = {
             "rows": len(code),
@@ -807,7 +805,7 @@ def code_report(codes, vectors=None):
             "constant": int((~moving).sum()),
             "entropy_min": entropy.min(),
             "entropy_mean": entropy.mean(),
-            "effective_bits": float(np.exp(-(spread * np.log(spread)).sum())) if moving.any() else 0.0,
+            "effective_bits": torch.special.entr(spread / spread.sum()).sum().exp().item() if moving.any() else 0.0,
             "correlation": np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean(),
         }
         if vectors is not None:
@@ -1076,28 +1074,19 @@ def _by_prefix(ids, least=8):
     Groups have `least` prompts or more that share at least half of their tokens, but never the last one; all other
     positions come in one group that shares nothing.
     """
-    order = sorted(range(len(ids)), key=ids.__getitem__)  # equal beginnings are neighbours now
-    groups, alone, group = [], [], order[:1]
-    shared = len(ids[order[0]]) - 1
-    for position in [*order[1:], None]:
-        common = 0 if position is None else _common(ids[group[0]], ids[position], shared)
-        if position is not None and 2 * common >= len(ids[position]):
-            group.append(position)
-            shared = common
-            continue
-        if len(group) >= least:
-            groups.append((shared, group))
-        else:
-            alone += group
-        if position is not None:
-            group, shared = [position], len(ids[position]) - 1
-    return groups + ([(0, alone)] if alone else [])
-
-
-def _common(a, b, most):
-    """How many tokens `a` and `b` begin with in common, at most `most` and at most all but the last of `b`."""
-    most = min(most, len(b) - 1)
-    return next((place for place in range(most) if a[place] != b[place]), most)
+    runs = []
+    for position in sorted(range(len(ids)), key=ids.__getitem__):  # equal beginnings are neighbours now
+        tokens = ids[position]
+        if runs:
+            shared, run = runs[-1]
+            common = len(os.path.commonprefix([ids[run[0]][:shared], tokens[:-1]]))
+            if 2 * common >= len(tokens):
+                run.append(position)
+                runs[-1] = (common, run)
+                continue
+        runs.append((len(tokens) - 1, [position]))
+    alone = [position for _, run in runs if len(run) < least for position in run]
+    return [(shared, run) for shared, run in runs if len(run) >= least] + ([(0, alone)] if alone else [])
 
 
 def score(model, tokenizer, prompts, batch_size=None, progress=True):
@@ -1108,7 +1097,7 @@ def score(model, tokenizer, prompts, batch_size=None, progress=True):
     a GPU.
     """
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = model.device.type == "cpu"
     out = np.empty(len(ids))
     model.eval()
     with torch.inference_mode(), tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False) as bar:
@@ -1416,7 +1405,7 @@ def output_folder(kind, profile):
 def put_row(path, row, key):
     """Put `row` (a dict) into the CSV file `path` in place of the one with the same values in `key`; others stay.
 
-    Hardware, versions and commit are added where `row` has room for them (None). Raises ValueError for other columns.
+    Hardware, versions and commit are added where `row` does not give them. Raises ValueError for other columns.
     """
     stamps = {"hardware": hardware(), "versions": versions(), "commit": commit()}
     row = row | {name: stamp for name, stamp in stamps.items() if row.get(name) is None}

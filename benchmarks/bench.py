@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -139,17 +138,21 @@ def bench_uauc():
     note("uauc", a, b, "s", "scikit-learn roc_auc_score per user", version("scikit-learn"), 3)
 
 
-def plain_scores(model, tokenizer, prompts, progress=False):
+def plain_scores(model, tokenizer, prompts):
     """P(Yes) of each prompt with transformers alone: whole batches, whole logits, padded on the left."""
     tokenizer.padding_side = "left"
     yes, no = bu.answer_tokens(tokenizer)
     scores = []
     with torch.inference_mode():
-        for start in tqdm(range(0, len(prompts), PEER_BATCH), disable=not progress):
+        for start in range(0, len(prompts), PEER_BATCH):
             batch = tokenizer(prompts[start : start + PEER_BATCH], padding=True, return_tensors="pt")
             logits = model(**batch).logits[:, -1]
             scores += torch.softmax(logits[:, [yes, no]], 1)[:, 0].tolist()
     return np.array(scores)
+
+
+def our_scores(model, tokenizer, prompts):
+    return bu.score(model, tokenizer, prompts, progress=False)
 
 
 def child(side, prompts_file, out_file):
@@ -158,9 +161,9 @@ def child(side, prompts_file, out_file):
 
     prompts = json.loads(Path(prompts_file).read_text())
     model, tokenizer = bu.load_llm()
-    bu.score(model, tokenizer, prompts[:2], progress=False)  # warm up
+    our_scores(model, tokenizer, prompts[:2])  # warm up
     began = time.perf_counter()
-    scores = (bu.score if side == "ours" else plain_scores)(model, tokenizer, prompts, progress=False)
+    scores = (our_scores if side == "ours" else plain_scores)(model, tokenizer, prompts)
     seconds = time.perf_counter() - began
     np.save(out_file, scores)
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
@@ -196,8 +199,8 @@ def bench_candidates():
     rows = pd.DataFrame({"user": user, "item": films, "timestamp": dataset.test.timestamp.max()})
     prompts = bu.build_prompts(dataset, rows, bu.cached_codes(dataset))
     model, tokenizer = bu.load_llm()
-    both = [lambda score=score: score(model, tokenizer, prompts, progress=False) for score in (bu.score, plain_scores)]
-    a, b, ours, plain = take_turns(*both, runs=3)
+    data = model, tokenizer, prompts
+    a, b, ours, plain = take_turns(lambda: our_scores(*data), lambda: plain_scores(*data), runs=3)
     assert np.abs(ours - plain).max() < 1e-4
     peer = f"transformers: whole prompts, full logits, {PEER_BATCH} a batch", version("transformers")
     note("score_candidates", np.array(a) / len(prompts), np.array(b) / len(prompts), "s per candidate", *peer, 3)

@@ -71,5 +71,4 @@ if __name__ == "__main__":
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
             print(row, flush=True)
-            row |= dict.fromkeys(("hardware", "versions", "commit"))
             bu.put_row(ROOT / "data" / "results" / "scale.csv", row, ["interactions"])

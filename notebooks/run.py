@@ -88,7 +88,6 @@ def execute(path):
 def note_runtime(path, minutes, peak_gb, profile):
     """Put the run into runtimes.csv, in place of an earlier one of the same notebook and profile."""
     row = {"notebook": path.stem, "profile": profile.name, "minutes": round(minutes, 2), "peak_gb": round(peak_gb, 2)}
-    row |= dict.fromkeys(("hardware", "versions", "commit"))
     bu.put_row(bu.output_folder("data/results", profile) / "runtimes.csv", row, ["notebook", "profile"])
 
 
