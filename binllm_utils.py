@@ -942,6 +942,53 @@ def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", fai
     return prompts
 
 
+# Questions about two codes whose answers are known, so that there is no end of them: see `code_questions`.
+QUESTIONS = {
+    "alike": "A {a} B {b} alike?",
+    "equal": "A {a} B {b} equal?",
+    "and": "A {a} and B {b} is {c}?",
+}
+
+
+def code_pairs(n, bits, seed=0):
+    """n pairs of random codes of every similarity, as `Codes`: item i agrees with user i in a share of bits drawn
+    uniformly from 0 to 1. The similarities are `hamming_similarity(pairs.users, pairs.items)`.
+    """
+    rng = np.random.default_rng(seed)
+    users = rng.integers(0, 2, (n, bits), dtype=np.uint8)
+    differ = rng.random((n, bits)) >= rng.random((n, 1))
+    return Codes(users, users ^ differ)
+
+
+def alike(similarity):
+    """The answer taught to "are these codes alike?": P(Yes) = sigmoid(10 (similarity - 1/2)), so that more is more.
+
+    A share of Yes for each question tells a small model more than a bare Yes or No: it learns in fewer steps.
+    """
+    return 1 / (1 + np.exp(-10 * (np.asarray(similarity) - 0.5)))
+
+
+def code_questions(kind, n, bits, fmt="bits", seed=0):
+    """(prompts, labels) of one kind of QUESTIONS on random codes, written as `fmt`; half of the answers are Yes.
+
+    alike: do more than half of the bits agree? (never just half) equal: are all bits equal, where else one differs?
+    and: is c the bitwise AND of both, where else one of its bits is wrong?
+    """
+    rng = np.random.default_rng([seed, 1])
+    pairs, label = code_pairs(4 * n, bits, seed), rng.integers(0, 2, 4 * n)
+    a, b, flip = pairs.users, pairs.items, np.eye(bits, dtype=np.uint8)[rng.integers(0, bits, 4 * n)]
+    if kind == "alike":
+        similarity = hamming_similarity(a, b)
+        label = (similarity > 0.5).astype(int)
+        a, b, label, flip = (x[similarity != 0.5] for x in (a, b, label, flip))
+    elif kind == "equal":
+        b = a ^ flip * (1 - label[:, None]).astype(np.uint8)
+    c = (a & b) ^ flip * (1 - label[:, None]).astype(np.uint8)
+    keep = np.sort(np.concatenate([np.flatnonzero(label == side)[: n // 2] for side in (0, 1)]))
+    texts = [[FORMATS[fmt](row) for row in code[keep]] for code in (a, b, c)]
+    return [QUESTIONS[kind].format(a=x, b=y, c=z) for x, y, z in zip(*texts)], label[keep]
+
+
 # ---------------------------------------------------------------------------------------------------------------- LLM
 def _smollm2_folder():
     """Folder of SmolLM2-135M-Instruct as float32 safetensors, converted once from the registry's 4-bit GGUF file."""
@@ -1010,7 +1057,7 @@ def compute_dtype():
     """bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def answer_tokens(tokenizer):
@@ -1037,9 +1084,34 @@ def encode_prompts(model, tokenizer, prompts):
     return ids
 
 
-def _batches(ids, rows):
-    """Positions in `ids` in batches of `rows`, neighbours in length together, so that little is padded."""
-    return torch.tensor(sorted(range(len(ids)), key=lambda i: len(ids[i]))).split(rows)
+def _tokens_at_once(model, layers):
+    """How many tokens to pass through together: what the caches of a CPU like best, or a GPU's free memory holds.
+
+    layers: the activations of how many layers must be kept at a time; all in training, about two else.
+    """
+    if model.device.type == "cpu":
+        return 500
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(0.7 * free / (layers * _bytes_per_layer(model.config)))
+
+
+def _bytes_per_layer(config):
+    """About what one token's activations in one layer of a Llama take, kept for the gradient."""
+    return (10 * config.hidden_size + 4 * config.intermediate_size) * compute_dtype().itemsize
+
+
+def _split(positions, ids, tokens):
+    """`positions` in `ids`, sorted by length, cut into parts of at most `tokens` tokens with the padding (or one row).
+
+    Neighbours in length go together, so that little is padded.
+    """
+    parts = []
+    for position in sorted(positions, key=lambda i: len(ids[i])):
+        if parts and (len(parts[-1]) + 1) * len(ids[position]) <= tokens:
+            parts[-1].append(position)
+        else:
+            parts.append([position])
+    return parts
 
 
 def answer_logit(model, batch, answers, past=None):
@@ -1074,30 +1146,30 @@ def _by_prefix(ids, least=8):
     Groups have `least` prompts or more that share at least half of their tokens, but never the last one; all other
     positions come in one group that shares nothing.
     """
-    runs = []
+    runs = []  # [shared tokens, most tokens, positions]
     for position in sorted(range(len(ids)), key=ids.__getitem__):  # equal beginnings are neighbours now
         tokens = ids[position]
         if runs:
-            shared, run = runs[-1]
-            common = len(os.path.commonprefix([ids[run[0]][:shared], tokens[:-1]]))
-            if 2 * common >= len(tokens):
+            shared, longest, run = runs[-1]
+            common, longest = len(os.path.commonprefix([ids[run[0]][:shared], tokens[:-1]])), max(longest, len(tokens))
+            if 2 * common >= longest:
                 run.append(position)
-                runs[-1] = (common, run)
+                runs[-1] = [common, longest, run]
                 continue
-        runs.append((len(tokens) - 1, [position]))
-    alone = [position for _, run in runs if len(run) < least for position in run]
-    return [(shared, run) for shared, run in runs if len(run) >= least] + ([(0, alone)] if alone else [])
+        runs.append([len(tokens) - 1, len(tokens), [position]])
+    alone = [position for _, _, run in runs if len(run) < least for position in run]
+    return [(shared, run) for shared, _, run in runs if len(run) >= least] + ([(0, alone)] if alone else [])
 
 
-def score(model, tokenizer, prompts, batch_size=None, progress=True):
+def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
 
     Prompts that begin alike, such as many candidates for one user, have their beginning read once.
-    batch_size: None means about 1,000 tokens on a CPU, whose cache then holds what a layer passes on, and 64 prompts on
-    a GPU.
+    tokens_at_once: the size of a batch, padding included; None means 500 on a CPU, whose caches then hold what a layer
+    passes on, and as many as its memory holds on a GPU.
     """
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
-    on_cpu = model.device.type == "cpu"
+    tokens = tokens_at_once or _tokens_at_once(model, layers=2)
     out = np.empty(len(ids))
     model.eval()
     with torch.inference_mode(), tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False) as bar:
@@ -1106,67 +1178,218 @@ def score(model, tokenizer, prompts, batch_size=None, progress=True):
             if shared:
                 start = torch.tensor([ids[group[0]][:shared]], device=model.device)
                 past = _causal_lm(model).get_decoder()(input_ids=start, use_cache=True).past_key_values
-            rest = [ids[i][shared:] for i in group]
-            rows = batch_size or (max(4, 1000 // max(map(len, rest))) if on_cpu else 64)
-            for batch in reversed(_batches(rest, rows)):  # longest first: if memory is short, it shows at once
+            rest = {i: ids[i][shared:] for i in group}
+            for batch in reversed(_split(group, rest, tokens)):  # longest first: if memory is short, it shows at once
                 logit = answer_logit(model, [rest[i] for i in batch], answers, past)
-                out[[group[i] for i in batch]] = logit.double().sigmoid().cpu()
+                out[batch] = logit.double().sigmoid().cpu()
                 bar.update(len(batch))
     return out
 
 
-def tune(model, tokenizer, prompts, labels, *, batch_size=8, lr=1e-3, epochs=1, seed=0, progress=True):
+# As in the paper, but on every linear layer, for a small model hardly learns to read codes through q_proj and v_proj,
+# and without dropout, for rows are seen once or twice and drawing the zeros takes a sixth of the time on a CPU.
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+
+
+def tune(
+    model,
+    tokenizer,
+    prompts,
+    labels,
+    *,
+    batch_size=8,
+    lr=1e-3,
+    epochs=1,
+    seed=0,
+    valid=None,
+    folder=None,
+    save_seconds=60,
+    progress=True,
+):
     """(model, learning curve): tune LoRA weights so that P(Yes) fits `labels` by binary cross-entropy.
 
-    A plain `model` gets new LoRA matrices (r 8, alpha 16, dropout .05, on q_proj and v_proj, as in the paper); one
-    that has an adapter goes on training it, which is the second step of two-step tuning. Linear warm-up over a tenth
-    of the steps, then cosine; AdamW; gradients clipped at norm 1. The curve is a DataFrame `step, loss, lr, seconds`.
-    Raises ValueError for labels that are not 0/1, of one class only, or not one a prompt.
+    A plain `model` gets new LoRA matrices (`LORA`); one that has an adapter goes on training it, which is the second
+    step of two-step tuning. AdamW, gradients clipped at norm 1, linear warm-up over a tenth of the steps, then cosine.
+    labels: 0 and 1, or shares between them. valid: (prompts, labels) to stop early by: their AUC is taken ten times a
+    run, after three times without a better one tuning ends, and the best weights are returned.
+    folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call goes on from there, to
+    the weights of an unbroken run. The curve is a DataFrame `step, loss, lr, seconds, valid_auc`.
+    Raises ValueError for labels that are not from 0 to 1, all the same, or not one a prompt, and for a checkpoint that
+    is damaged or of another run; OSError when none can be written (the one before stays).
     """
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
-    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
-    labels = np.asarray(labels)
-    if len(labels) != len(prompts) or set(np.unique(labels)) != {0, 1}:
-        raise ValueError(f"{len(prompts)} prompts need as many labels, 0 and 1 both among them; got {len(labels)}")
+    labels = np.asarray(labels, dtype=np.float32)
+    if len(labels) != len(prompts) or not ((labels >= 0) & (labels <= 1)).all() or np.ptp(labels) == 0:
+        raise ValueError(f"{len(prompts)} prompts need as many labels from 0 to 1, not all the same; got {len(labels)}")
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
-    set_seed(seed)
-    if not isinstance(model, PeftModel):
-        if getattr(model, "is_loaded_in_4bit", False):
-            model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
-        model = get_peft_model(model, lora)
+    torch.manual_seed(seed)
+    model = _with_lora(model)
+    tokens = _training_tokens(model, max(map(len, ids)))
+    batches = list(_training_batches(ids, batch_size, epochs, seed))
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     accelerator = Accelerator(mixed_precision=half[compute_dtype()])
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=1e-3)
-    steps = epochs * -(-len(ids) // batch_size)
-    warmup = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up in a line to 1, then down in a cosine towards 0
-        optimizer, lambda i: min((i + 1) / warmup, (1 + math.cos(math.pi * max(0, i + 1 - warmup) / steps)) / 2)
-    )
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    targets = torch.tensor(labels, dtype=torch.float32, device=accelerator.device)
-    model.train()
-    curve, began = [], time.perf_counter()
-    with tqdm(total=steps, desc="tuning", disable=not progress, leave=False) as bar:
-        for _ in range(epochs):
-            batches = _batches(ids, batch_size)
-            for b in torch.randperm(len(batches)):
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = accelerator.prepare(torch.optim.AdamW(weights.values(), lr=lr, weight_decay=1e-3))
+    started = [p.detach().float().cpu().numpy() for p in weights.values()]
+    run = fingerprint(model.name_or_path, ids, labels, batch_size, lr, epochs, seed, valid, *started)
+    state = _TuningState(run, weights, optimizer, accelerator.scaler)
+    if folder:
+        state.read(folder)
+    curve, check = state.curve, max(1, len(batches) // 10)
+    if progress:
+        print(_cost(model, [ids[i] for batch in batches[len(curve) :] for i in batch], tokens))
+    targets = torch.tensor(labels, device=model.device)
+    began = time.perf_counter() - (curve[-1][3] if curve else 0)
+    saved = time.perf_counter()
+    with tqdm(total=len(batches), initial=len(curve), desc="tuning", disable=not progress, leave=False) as bar:
+        while len(curve) < len(batches) and not _stopped(curve):
+            batch, step = batches[len(curve)], len(curve) + 1
+            rate = lr * _warm_up_then_cosine(step, len(batches))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            model.train()
+            loss = 0.0
+            for part in _split(batch, ids, tokens):
                 with accelerator.autocast():
-                    logit = answer_logit(accelerator.unwrap_model(model), [ids[i] for i in batches[b]], answers)
-                loss = F.binary_cross_entropy_with_logits(logit, targets[batches[b]])
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
-                curve.append((len(curve) + 1, loss.item(), schedule.get_last_lr()[0], time.perf_counter() - began))
-                schedule.step()
-                optimizer.zero_grad()
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-    model = accelerator.unwrap_model(model).eval()
-    return model, pd.DataFrame(curve, columns=["step", "loss", "lr", "seconds"])
+                    logit = answer_logit(model, [ids[i] for i in part], answers)
+                share = F.binary_cross_entropy_with_logits(logit, targets[part], reduction="sum") / len(batch)
+                accelerator.backward(share)
+                loss += share.item()
+            accelerator.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            found = math.nan
+            if valid and step % check == 0:
+                found = auc(valid[1], score(model, tokenizer, valid[0], progress=False))
+                state.keep_if_best(found)
+            curve.append((step, loss, rate, time.perf_counter() - began, found))
+            if folder and (time.perf_counter() - saved >= save_seconds or step == len(batches)):
+                state.write(folder)
+                saved = time.perf_counter()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+    state.take_best()
+    return model.eval(), pd.DataFrame(curve, columns=["step", "loss", "lr", "seconds", "valid_auc"])
+
+
+def _with_lora(model):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**LORA))
+
+
+def _training_tokens(model, longest):
+    """`_tokens_at_once` for training; where the longest prompt does not fit, activations are computed twice instead."""
+    tokens = _tokens_at_once(model, model.config.num_hidden_layers)
+    if model.device.type == "cuda" and tokens < longest:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        tokens = _tokens_at_once(model, layers=2)
+    return tokens
+
+
+def _training_batches(ids, batch_size, epochs, seed):
+    """Positions in `ids` for each step: each epoch in a new order, and of 16 batches those of like length together."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(len(ids)).tolist()
+        for start in range(0, len(ids), 16 * batch_size):
+            pool = sorted(order[start : start + 16 * batch_size], key=lambda i: len(ids[i]))
+            batches = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+            yield from (batches[i] for i in rng.permutation(len(batches)))
+
+
+def _warm_up_then_cosine(step, steps):
+    """Share of the learning rate at `step`, from 1: up in a line over a tenth of the steps, then down in a cosine."""
+    warmup = max(1, steps // 10)
+    return min(step / warmup, (1 + math.cos(math.pi * max(0, step - warmup) / steps)) / 2)
+
+
+def _stopped(curve):
+    """Whether three checks on valid have passed since the best one."""
+    found = [row[4] for row in curve if not math.isnan(row[4])]
+    return len(found) - 1 - found.index(max(found)) >= 3 if found else False
+
+
+def _cost(model, ids, tokens):
+    """What tuning on `ids` will take, in words, judged by the speed of one matrix product on this machine."""
+    config = model.config
+    a = torch.randn(500, config.hidden_size, dtype=compute_dtype(), device=model.device)
+    b = torch.randn(config.hidden_size, config.intermediate_size, dtype=a.dtype, device=a.device)
+    seconds = []
+    for _ in range(9):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    work = 4 * model.num_parameters(exclude_embeddings=True) * sum(map(len, ids))
+    minutes = work / (0.6 * 2 * 500 * b.numel() / np.median(seconds)) / 60
+    kept = min(tokens, sum(map(len, ids))) * config.num_hidden_layers * _bytes_per_layer(config)
+    memory = (model.get_memory_footprint() + kept) / 1e9
+    return f"tuning on {sum(map(len, ids)):,} tokens: about {minutes:.1f} min and {memory:.1f} GB"
+
+
+class _TuningState:
+    """All that `tune` needs to go on: weights, optimiser, curve, best weights, random state; kept in one file."""
+
+    def __init__(self, run, weights, optimizer, scaler):
+        self.run, self.weights, self.optimizer, self.scaler = run, weights, optimizer, scaler
+        self.curve, self.best = [], {}
+
+    def keep_if_best(self, found):
+        if found > max((row[4] for row in self.curve if not math.isnan(row[4])), default=-1):
+            self.best = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    def take_best(self):
+        for name, p in self.best.items():
+            self.weights[name].data.copy_(p)
+
+    def write(self, folder):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {f"weight {name}": p.detach() for name, p in self.weights.items()}
+        tensors |= {f"best {name}": p for name, p in self.best.items()}
+        for name, p in self.weights.items():
+            tensors |= {f"{key} {name}": value for key, value in self.optimizer.state[p].items()}
+        tensors["random"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random cuda"] = torch.cuda.get_rng_state()
+        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
+        scaler = json.dumps(self.scaler.state_dict() if self.scaler else {})
+        path = Path(folder, "checkpoint.safetensors")
+        try:
+            with replacing(path) as part:
+                save_file(tensors, part, metadata={"run": self.run, "scaler": scaler})
+        except (OSError, SafetensorError) as error:
+            kept = "the one before is kept" if path.exists() else "there is none before it"
+            raise OSError(f"{path}: cannot write the checkpoint ({error}); {kept}; make room and run again") from None
+
+    def read(self, folder):
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder, "checkpoint.safetensors")
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                names, notes = file.keys(), file.metadata()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
+        if notes["run"] != self.run:
+            raise ValueError(f"{path} is of another run (model, prompts, labels or settings); give another folder")
+        for name, p in self.weights.items():
+            p.data.copy_(tensors[f"weight {name}"])
+            if f"best {name}" in tensors:
+                self.best[name] = tensors[f"best {name}"].to(p.device)
+            found = {key: tensors.get(f"{key} {name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in found.items()}
+        torch.set_rng_state(tensors["random"])
+        if "random cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random cuda"])
+        if self.scaler:
+            self.scaler.load_state_dict(json.loads(notes["scaler"]))
+        self.curve += [(int(row[0]), *row[1:]) for row in tensors["curve"].tolist()]
 
 
 def save_adapter(model, folder, card, curve):
