@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lab results bench clean
+.PHONY: run test lab results bench adapters clean
 
 run: $(VENV)/installed     ## execute all notebooks, top to bottom, in place
 	$(BIN)/python notebooks/run.py && $(BIN)/python notebooks/readme.py
@@ -21,7 +21,12 @@ results: $(VENV)/installed ## rewrite data/results and the README's table
 	$(BIN)/python notebooks/run.py 01 05 && $(BIN)/python notebooks/readme.py
 
 bench: $(VENV)/installed   ## rewrite data/results/bench.csv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python notebooks/readme.py
+
+adapters: $(VENV)/installed ## train what data/adapters holds, for hours; goes on where it was stopped
+	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py effect
+	$(BIN)/python notebooks/readme.py
 
 clean:                     ## forget data, models and adapters that can be fetched or made again
 	rm -rf data/cache

@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("BINLLM_CACHE", ROOT / "data" / "cache"))
+ADAPTERS = ROOT / "data" / "adapters"
 SPLITS = ("train", "valid", "test")
 
 
@@ -57,6 +58,7 @@ class Profile:
 _PROFILES = (  # in the order of the fields above
     Profile("smoke", None, 2, 5, 16, 60, 8),
     Profile("cpu", None, None, 600, 128, 200, 8),
+    Profile("patient", None, None, 600, 900, 2_000, 8),
     Profile("gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 600, 8_000, 7_331, 16),
     Profile("paper", "lmsys/vicuna-7b-v1.5", None, 600, 33_891, 7_331, 16),
 )
@@ -1097,7 +1099,11 @@ def _tokens_at_once(model, layers):
 
 def _bytes_per_layer(config):
     """About what one token's activations in one layer of a Llama take, kept for the gradient."""
-    return (10 * config.hidden_size + 4 * config.intermediate_size) * compute_dtype().itemsize
+    return (10 * config.hidden_size + 4 * _inner_size(config)) * compute_dtype().itemsize
+
+
+def _inner_size(config):
+    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 and its like do not say it
 
 
 def _split(positions, ids, tokens):
@@ -1315,7 +1321,7 @@ def _cost(model, ids, tokens):
     """What tuning on `ids` will take, in words, judged by the speed of one matrix product on this machine."""
     config = model.config
     a = torch.randn(500, config.hidden_size, dtype=compute_dtype(), device=model.device)
-    b = torch.randn(config.hidden_size, config.intermediate_size, dtype=a.dtype, device=a.device)
+    b = torch.randn(config.hidden_size, _inner_size(config), dtype=a.dtype, device=a.device)
     seconds = []
     for _ in range(9):
         began = time.perf_counter()
@@ -1372,11 +1378,11 @@ class _TuningState:
             return
         try:
             with safe_open(path, "pt") as file:
-                names, notes = file.keys(), file.metadata()
+                names, notes = file.keys(), file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
-        if notes["run"] != self.run:
+        if notes.get("run") != self.run:
             raise ValueError(f"{path} is of another run (model, prompts, labels or settings); give another folder")
         for name, p in self.weights.items():
             p.data.copy_(tensors[f"weight {name}"])
@@ -1396,6 +1402,7 @@ def save_adapter(model, folder, card, curve):
     """Write the LoRA weights (safetensors), `card` (a dict: data, seed, versions…) and curve to `folder`, whole."""
     with replacing(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
+        (part / "README.md").unlink()  # peft's empty form; the card says what there is to say
         curve.to_csv(part / "curve.csv", index=False)
         Path(part, "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
@@ -1415,40 +1422,57 @@ def load_adapter(model, folder):
     return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
 
-# The ways to tune: style of the prompt, and the variant whose adapter tuning starts from (paper, Section 3.3).
+# The ways to tune: style of the prompt, the variant whose adapter tuning starts from (paper, Section 3.3), and the
+# highest learning rate: the reference code's for titles only, and for the step with codes.
 VARIANTS = {
-    "text": ("text", None),
-    "codes_only": ("codes", None),
-    "one_step": ("text+codes", None),
-    "two_step": ("text+codes", "text"),
+    "text": ("text", None, 1e-3),
+    "codes_only": ("codes", None, 1e-4),
+    "one_step": ("text+codes", None, 1e-4),
+    "two_step": ("text+codes", "text", 1e-4),
 }
+
+
+def literate_llm(profile):
+    """(model, tokenizer, start) of the profile's LLM with the adapter that has taught it to read codes.
+
+    start: a fingerprint of that adapter (data/adapters/literacy); None, and the plain LLM, where it is for another LLM.
+    """
+    model, tokenizer = load_llm(profile.llm, layers=profile.layers)
+    file = ADAPTERS / "literacy" / "adapter_model.safetensors"
+    card = file.with_name("card.json")
+    if profile.layers or not card.exists() or json.loads(card.read_text())["llm"] != model.name_or_path:
+        return model, tokenizer, None
+    return load_adapter(model, file.parent), tokenizer, fingerprint(file.read_bytes())
 
 
 def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
     """(model, tokenizer, learning curve) of the profile's LLM tuned as one of VARIANTS; tuned now or read from cache.
 
-    The same training rows serve every variant. The adapter is saved under data/cache/adapters with a card of all that
-    determined it, and read again only where that card would be the same.
+    Every variant starts from `literate_llm`, titles only too, and the same training rows serve them all. The adapter is
+    saved under data/cache/adapters with a card of all that determined it, and read again only where that card would be
+    the same; a run that was cut short goes on where it was.
     """
-    style, first = VARIANTS[variant]
+    style, first, lr = VARIANTS[variant]
     fmt, written = (None, None) if style == "text" else (fmt, fingerprint(codes.users, codes.items))
+    model, tokenizer, start = literate_llm(profile)
     card = {"variant": variant, "style": style, "format": fmt, "codes": written, "seed": seed, "data": dataset.name}
-    card |= {"llm": profile.llm or os.environ.get("BINLLM_LLM") or SMOLLM2, "layers": profile.layers}
-    card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "versions": versions()}
-    card |= {"recipe": fingerprint(tune, build_prompts, TEMPLATES, dataset.train)}
+    card |= {"llm": model.name_or_path, "layers": profile.layers, "start": start}
+    card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "lr": lr, "versions": versions()}
+    card |= {"recipe": fingerprint(tune, _training_batches, LORA, build_prompts, TEMPLATES, dataset.train)}
     folder = CACHE / "adapters" / "-".join(filter(None, (profile.name, variant, fmt, f"seed{seed}")))
     if folder.exists() and card.items() <= json.loads((folder / "card.json").read_text()).items():
         model, tokenizer = load_llm(profile.llm, layers=profile.layers)
         return load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if first:
         model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed=seed)
-    else:
-        model, tokenizer = load_llm(profile.llm, layers=profile.layers)
     rows = dataset.train.sample(min(profile.tune_rows, len(dataset.train)), random_state=seed)
     prompts = build_prompts(dataset, rows, codes, style, fmt or "bits")
-    model, curve = tune(model, tokenizer, prompts, rows.label, batch_size=profile.batch_size, seed=seed)
+    kept = CACHE / "checkpoints" / f"{folder.name}-{fingerprint(card)}"
+    options = {"batch_size": profile.batch_size, "lr": lr, "seed": seed, "folder": kept}
+    model, curve = tune(model, tokenizer, prompts, rows.label, **options)
     card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1), "hardware": hardware()}
     save_adapter(model, folder, card | {"commit": commit()}, curve)
+    shutil.rmtree(kept)
     return model, tokenizer, curve
 
 

@@ -40,13 +40,14 @@ def take_turns(ours, peer, runs):
     return *seconds, *results
 
 
-def note(bench, ours, peer, unit, peer_name, peer_version, runs):
+def note(bench, ours, peer, unit, peer_name, peer_version, runs, more_is_better=False):
     """Print one comparison and put it into bench.csv in place of an earlier one."""
     ours, peer = float(np.median(ours)), float(np.median(peer))
-    row = {"bench": bench, "ours": round(ours, 4), "peer": round(peer, 4), "unit": unit, "ratio": round(peer / ours, 2)}
+    ratio = ours / peer if more_is_better else peer / ours
+    row = {"bench": bench, "ours": round(ours, 4), "peer": round(peer, 4), "unit": unit, "ratio": round(ratio, 2)}
     row |= {"peer_name": peer_name, "peer_version": peer_version, "runs": runs}
     bu.put_row(ROOT / "data" / "results" / "bench.csv", {column: row.get(column) for column in COLUMNS}, ["bench"])
-    print(f"{bench}: {peer / ours:.1f} times better ({ours:.3g} against {peer:.3g} {unit}, {peer_name})", flush=True)
+    print(f"{bench}: {ratio:.2f} times as good ({ours:.3g} against {peer:.3g} {unit}, {peer_name})", flush=True)
 
 
 def loop_uauc(users, labels, scores):
@@ -155,40 +156,104 @@ def our_scores(model, tokenizer, prompts):
     return bu.score(model, tokenizer, prompts, progress=False)
 
 
-def child(side, prompts_file, out_file):
-    """Score prompts in a process of its own, so that its peak memory is its own. Prints seconds and gigabytes."""
+def our_tuning(model, tokenizer, prompts):
+    """Tune on `prompts`, every second answer Yes; nothing is returned that the peer's could be compared with."""
+    bu.tune(model, tokenizer, prompts, np.arange(len(prompts)) % 2, lr=1e-4, progress=False)
+
+
+def trl_tuning(model, tokenizer, prompts):
+    """The same rows, LoRA, precision and batch in TRL's SFTTrainer. Its loss is over the whole vocabulary."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    rows = {"prompt": prompts, "completion": [[" Yes", " No"][place % 2] for place in range(len(prompts))]}
+    options = dict(per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-4, max_length=None)
+    options |= dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no")
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(output_dir=folder, disable_tqdm=True, **options)
+        parts = dict(train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+        SFTTrainer(model, config, peft_config=LoraConfig(**bu.LORA, task_type="CAUSAL_LM"), **parts).train()
+
+
+def child(work, prompts_file, out_file):
+    """Do one side's work in a process of its own, so that its peak memory is its own. Prints seconds and gigabytes."""
     import resource
 
+    work = {f.__name__: f for f in (our_scores, plain_scores, our_tuning, trl_tuning)}[work]
     prompts = json.loads(Path(prompts_file).read_text())
     model, tokenizer = bu.load_llm()
     our_scores(model, tokenizer, prompts[:2])  # warm up
     began = time.perf_counter()
-    scores = (our_scores if side == "ours" else plain_scores)(model, tokenizer, prompts)
+    scores = work(model, tokenizer, prompts)
     seconds = time.perf_counter() - began
-    np.save(out_file, scores)
+    if scores is not None:
+        np.save(out_file, scores)
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+
+
+def in_children(ours, peer, prompts, runs=3):
+    """Both sides in processes of their own, in turn: [runs, (seconds per prompt, GB)] of each, and their results."""
+    measured, results = {ours: [], peer: []}, []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "prompts.json")
+        file.write_text(json.dumps(prompts))
+        for _ in range(runs):
+            for side in measured:
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--child",
+                    side.__name__,
+                    str(file),
+                    f"{folder}/{side.__name__}.npy",
+                ]
+                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                measured[side].append(json.loads(out.splitlines()[-1]))
+        results = [np.load(path) for path in sorted(Path(folder).glob("*.npy"))]
+    return *(np.array(measured[side]) / [len(prompts), 1] for side in measured), results
+
+
+def some_prompts(n):
+    dataset = bu.load_ml1m()
+    return bu.build_prompts(dataset, dataset.test.sample(n, random_state=0), bu.cached_codes(dataset))
 
 
 def bench_score():
     """Prompts with titles and codes: prompts per second, and peak memory of the whole process."""
-    dataset = bu.load_ml1m()
-    rows = dataset.test.sample(128, random_state=0)
-    prompts = bu.build_prompts(dataset, rows, bu.cached_codes(dataset))
-    measured = {"ours": [], "peer": []}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "prompts.json")
-        file.write_text(json.dumps(prompts))
-        for _ in range(3):
-            for side in measured:
-                command = [sys.executable, __file__, "--child", side, str(file), f"{folder}/{side}.npy"]
-                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                measured[side].append(json.loads(out.splitlines()[-1]))
-        gap = np.abs(np.load(f"{folder}/ours.npy") - np.load(f"{folder}/peer.npy")).max()
+    ours, plain, results = in_children(our_scores, plain_scores, some_prompts(128))
+    gap = np.abs(results[0] - results[1]).max()
     assert gap < 1e-4, f"the scores differ by {gap}"
     peer = f"transformers: full logits, padded in the order given, {PEER_BATCH} a batch", version("transformers")
-    ours, plain = (np.array(measured[side]) / [len(prompts), 1] for side in ("ours", "peer"))
     note("score", ours[:, 0], plain[:, 0], "s per prompt", *peer, 3)
     note("score_memory", ours[:, 1], plain[:, 1], "GB at the peak", *peer, 3)
+
+
+def bench_tune():
+    """Prompts with titles and codes, 8 a step: seconds per prompt, and peak memory of the whole process."""
+    ours, trl, _ = in_children(our_tuning, trl_tuning, some_prompts(48))
+    note("tune", ours[:, 0], trl[:, 0], "s per prompt", "TRL SFTTrainer", version("trl"), 3)
+    note("tune_memory", ours[:, 1], trl[:, 1], "GB at the peak", "TRL SFTTrainer", version("trl"), 3)
+
+
+def bench_roofline():
+    """Share of the machine's own matrix-product rate: 2 operations per weight and token in scoring, 4 in tuning."""
+    model, tokenizer = bu.load_llm()
+    prompts = some_prompts(24)
+    tokens = sum(map(len, bu.encode_prompts(model, tokenizer, prompts)))
+    weights = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+
+    def product():
+        for _ in range(40):
+            a @ b
+
+    our_scores(model, tokenizer, prompts[:4])
+    for name, work, per_weight in (("score_roofline", our_scores, 2), ("tune_roofline", our_tuning, 4)):
+        ours, peak, _, _ = take_turns(lambda work=work: work(model, tokenizer, prompts), product, runs=5)
+        ours, peak = per_weight * weights * tokens / np.array(ours) / 1e9, 40 * 2 * 2048**3 / np.array(peak) / 1e9
+        peer = "float32 product of 2048 x 2048 on the same cores", version("torch")
+        note(name, ours, peak, "GFLOP/s", *peer, 5, more_is_better=True)
 
 
 def bench_candidates():
@@ -211,6 +276,6 @@ if __name__ == "__main__":
         child(*sys.argv[2:])
     else:
         benches = {"codes_fit": bench_codes_fit, "hamming": bench_hamming, "uauc": bench_uauc, "score": bench_score}
-        benches |= {"candidates": bench_candidates}
+        benches |= {"candidates": bench_candidates, "tune": bench_tune, "roofline": bench_roofline}
         for name in sys.argv[1:] or benches:
             benches[name]()
