@@ -58,7 +58,7 @@ class Profile:
 _PROFILES = (  # in the order of the fields above
     Profile("smoke", None, 2, 5, 16, 60, 8),
     Profile("cpu", None, None, 600, 128, 200, 8),
-    Profile("patient", None, None, 600, 900, 2_000, 8),
+    Profile("patient", None, None, 600, 512, 2_000, 8),
     Profile("gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 600, 8_000, 7_331, 16),
     Profile("paper", "lmsys/vicuna-7b-v1.5", None, 600, 33_891, 7_331, 16),
 )
@@ -954,7 +954,7 @@ QUESTIONS = {
 
 def code_pairs(n, bits, seed=0):
     """n pairs of random codes of every similarity, as `Codes`: item i agrees with user i in a share of bits drawn
-    uniformly from 0 to 1. The similarities are `hamming_similarity(pairs.users, pairs.items)`.
+    uniformly from 0 to 1; `hamming_similarity(pairs.users, pairs.items)` says in how many it came out.
     """
     rng = np.random.default_rng(seed)
     users = rng.integers(0, 2, (n, bits), dtype=np.uint8)
@@ -1178,7 +1178,8 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     tokens = tokens_at_once or _tokens_at_once(model, layers=2)
     out = np.empty(len(ids))
     model.eval()
-    with torch.inference_mode(), tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
+    with _lora_merged(model, len(ids)), torch.inference_mode(), bar:
         for shared, group in _by_prefix(ids):
             past = None
             if shared:
@@ -1190,6 +1191,27 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
                 out[batch] = logit.double().sigmoid().cpu()
                 bar.update(len(batch))
     return out
+
+
+@contextmanager
+def _lora_merged(model, prompts):
+    """LoRA added into the weights it stands beside, for speed, where it is worth it: float32, and not few prompts.
+
+    Afterwards the weights are put back from copies, bit for bit; subtracting would leave rounding errors.
+    """
+    weights = [m.base_layer.weight for m in model.modules() if hasattr(m, "base_layer")]
+    if prompts < 32 or not all(weight.dtype == torch.float32 for weight in weights):
+        weights = []
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        if weights:
+            model.merge_adapter()
+        yield
+    finally:
+        if weights:
+            model.unmerge_adapter()
+        for weight, copy_ in zip(weights, kept):
+            weight.data.copy_(copy_)
 
 
 # As in the paper, but on every linear layer, for a small model hardly learns to read codes through q_proj and v_proj,

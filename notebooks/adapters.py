@@ -22,33 +22,28 @@ LESSONS = (
     ("alike", 32, 1280),
     ("codes", 32, 543),
     ("text+codes", 32, 512),
-    ("text+codes, few titles", 32, 384),
-    ("text+codes, few titles", 32, 384),
 )
-BATCH = 32
+BATCH = 32  # questions a step
 
 
 def lesson(dataset, where, bits, n, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
     where: a short question, or a style of the paper's prompt about a row of the training split, each with a user and a
-    film of its own; there are some 400 such rows. "few titles" takes users' first rows: shorter prompts, more questions
-    in the same time, and the two codes stand as far from each other as ever.
+    film of its own; there are some 500 such rows.
     """
     if where in bu.QUESTIONS:
         pairs = bu.code_pairs(n, bits, seed)
         texts = zip(map(bu.to_bits, pairs.users), map(bu.to_bits, pairs.items))
         prompts = [bu.QUESTIONS[where].format(a=a, b=b) for a, b in texts]
         return prompts, bu.alike(bu.hamming_similarity(pairs.users, pairs.items))
-    style, _, few_titles = where.partition(", ")
-    rows = dataset.train.sort_values("timestamp") if few_titles else dataset.train.sample(frac=1, random_state=seed)
-    rows = rows.drop_duplicates("user").drop_duplicates("item").head(n)
+    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
     if len(rows) < n:
         raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
     pairs = bu.code_pairs(dataset.n_users, bits, seed)
     items = bu.code_pairs(dataset.n_items, bits, seed + 1).items
     items[rows.item] = pairs.items[rows.user]
-    prompts = bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), style)
+    prompts = bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where)
     return prompts, bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item]))
 
 
@@ -70,7 +65,6 @@ def literacy():
         "what": "reads codes; saw made-up codes only",
         "llm": model.name_or_path,
         "lessons": LESSONS,
-        "batch": BATCH,
     }
     card |= {"seconds": round(sum(c.seconds.iloc[-1] for c in curves)), "hardware": bu.hardware()}
     card |= {"versions": bu.versions(), "commit": bu.commit()}

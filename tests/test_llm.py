@@ -140,6 +140,26 @@ def test_an_adapter_comes_back_identical(llm, tmp_path):
     assert len(load_file(tmp_path / "adapter/adapter_model.safetensors")) == 28  # 2 layers, 7 matrices each, A and B
 
 
+def test_merging_for_speed_changes_neither_scores_nor_weights(llm):
+    model, tokenizer = llm
+    model, _ = bu.tune(model, tokenizer, prompts_of(16), [0, 1] * 8, lr=3e-3, progress=False)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    prompts = prompts_of(40)
+    merged = bu.score(model, tokenizer, prompts, progress=False)
+    alone = np.concatenate([bu.score(model, tokenizer, prompts[i : i + 8], progress=False) for i in range(0, 40, 8)])
+    assert 0 < np.abs(merged - alone).max() < 1e-5 and np.ptp(alone) > 1e-3
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name]), name
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model.get_base_model().get_decoder().register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bu.score(model, tokenizer, prompts, progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
 def test_two_steps_begin_where_the_first_ended(toy, toy_codes, tmp_path, monkeypatch):
     folder = bu._smollm2_folder()
     monkeypatch.setattr(bu, "_smollm2_folder", lambda: folder)

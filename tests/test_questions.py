@@ -49,7 +49,7 @@ def test_more_alike_is_more_likely_yes():
     assert (np.diff(taught) > 0).all() and taught[5] == 0.5 and taught[0] == pytest.approx(1 - taught[10])
 
 
-@pytest.mark.parametrize("where", ["alike", "codes", "text+codes", "text+codes, few titles"])
+@pytest.mark.parametrize("where", ["alike", "codes", "text+codes"])
 def test_lessons_ask_about_the_codes_they_hold(ml1m, where):
     prompts, labels = load_script("adapters").lesson(ml1m, where, 16, 60, seed=4)
     assert len(prompts) == len(labels) == 60 == len(set(prompts))
