@@ -89,7 +89,7 @@ def test_the_registry_client_says_no_in_one_line(tmp_path):
 
 def test_an_unknown_profile_is_named(monkeypatch):
     monkeypatch.setenv("BINLLM_PROFILE", "huge")
-    with pytest.raises(ValueError, match="'huge'; choose one of smoke, cpu, gpu, paper"):
+    with pytest.raises(ValueError, match="'huge'; choose one of smoke, cpu, patient, gpu, paper"):
         bu.current_profile()
 
 
