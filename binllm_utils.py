@@ -898,6 +898,8 @@ def from_dotted(text):
 
 # ------------------------------------------------------------------------------------------------------------ prompts
 # The paper's two templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
+# "side by side" is ours: a title between two codes shifts one against the other by a different length in each prompt,
+# and a small model, which compares digits at a distance it has learned, loses its place.
 TEMPLATES = {
     "text": "#Question: A user has given high ratings to the following movies: {likes}. Leverage the information to "
     "predict whether the user would enjoy the movie titled {title}? "
@@ -909,6 +911,8 @@ TEMPLATES = {
     "information about the user's preferences encoded in the feature {user}. Using all available information, make a "
     "prediction about whether the user would enjoy the movie titled {title} with the feature {item}? "
     'Answer with "Yes" or "No". \\n#Answer:',
+    "side by side": "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy "
+    'the movie titled {title}? Answer with "Yes" or "No". User {user} movie {item} alike? \\n#Answer:',
 }
 FORMATS = {"bits": to_bits, "dotted": to_dotted}
 
@@ -916,8 +920,9 @@ FORMATS = {"bits": to_bits, "dotted": to_dotted}
 def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", faithful=False):
     """One prompt a row, ready for the LLM to answer " Yes" or " No" (paper, Section 3.1 and Table 4).
 
-    style: "text" (liked titles and the film's title), "codes" (the two codes alone) or "text+codes"; fmt: "bits" or
-    "dotted". `rows` needs columns `user, item, timestamp`; the titles shown are the user's last ten likes before it.
+    style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", or "side by side"
+    (the same, with the codes at the end, as in QUESTIONS["alike"]); fmt: "bits" or "dotted". `rows` needs columns
+    `user, item, timestamp`; the titles shown are the user's last ten likes before it.
     faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, and "unkow" for
     an empty history. (Its literal "<s>" in front is LLaMA's start token and belongs to that tokenizer.)
     Raises ValueError for an unknown style or format, or codes that are missing or too few.
@@ -946,20 +951,24 @@ def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", fai
 
 # Questions about two codes whose answers are known, so that there is no end of them: see `code_questions`.
 QUESTIONS = {
-    "alike": "A {a} B {b} alike?",
-    "equal": "A {a} B {b} equal?",
-    "and": "A {a} and B {b} is {c}?",
+    "alike": "User {a} movie {b} alike?\n#Answer:",
+    "equal": "User {a} movie {b} equal?\n#Answer:",
+    "and": "User {a} and movie {b} is {c}?\n#Answer:",
 }
 
 
-def code_pairs(n, bits, seed=0):
-    """n pairs of random codes of every similarity, as `Codes`: item i agrees with user i in a share of bits drawn
-    uniformly from 0 to 1; `hamming_similarity(pairs.users, pairs.items)` says in how many it came out.
+def code_pairs(n, bits, seed=0, spread=None):
+    """n pairs of random codes, as `Codes`: each bit of item i agrees with user i's with a chance of its own pair.
+
+    The chances are uniform from 0 to 1, so that there are pairs of every similarity, or normal around 1/2 with standard
+    deviation `spread`, as in real codes: then every bit must be read to tell more from less.
+    `hamming_similarity(pairs.users, pairs.items)` says how the pairs came out.
     """
     rng = np.random.default_rng(seed)
     users = rng.integers(0, 2, (n, bits), dtype=np.uint8)
-    differ = rng.random((n, bits)) >= rng.random((n, 1))
-    return Codes(users, users ^ differ)
+    draw = rng.random((n, bits))
+    chance = rng.random((n, 1)) if spread is None else rng.normal(0.5, spread, (n, 1))
+    return Codes(users, users ^ (draw >= chance))
 
 
 def alike(similarity):
@@ -1210,8 +1219,8 @@ def _lora_merged(model, prompts):
     finally:
         if weights:
             model.unmerge_adapter()
-        for weight, copy_ in zip(weights, kept):
-            weight.data.copy_(copy_)
+        for weight, old in zip(weights, kept):
+            weight.data.copy_(old)
 
 
 # As in the paper, but on every linear layer, for a small model hardly learns to read codes through q_proj and v_proj,
@@ -1228,6 +1237,7 @@ def tune(
     batch_size=8,
     lr=1e-3,
     epochs=1,
+    shuffle=True,
     seed=0,
     valid=None,
     folder=None,
@@ -1238,8 +1248,9 @@ def tune(
 
     A plain `model` gets new LoRA matrices (`LORA`); one that has an adapter goes on training it, which is the second
     step of two-step tuning. AdamW, gradients clipped at norm 1, linear warm-up over a tenth of the steps, then cosine.
-    labels: 0 and 1, or shares between them. valid: (prompts, labels) to stop early by: their AUC is taken ten times a
-    run, after three times without a better one tuning ends, and the best weights are returned.
+    labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
+    valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
+    one tuning ends, and the best weights are returned.
     folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call goes on from there, to
     the weights of an unbroken run. The curve is a DataFrame `step, loss, lr, seconds, valid_auc`.
     Raises ValueError for labels that are not from 0 to 1, all the same, or not one a prompt, and for a checkpoint that
@@ -1254,13 +1265,13 @@ def tune(
     torch.manual_seed(seed)
     model = _with_lora(model)
     tokens = _training_tokens(model, max(map(len, ids)))
-    batches = list(_training_batches(ids, batch_size, epochs, seed))
+    batches = list(_training_batches(ids, batch_size, epochs, seed, shuffle))
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     accelerator = Accelerator(mixed_precision=half[compute_dtype()])
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = accelerator.prepare(torch.optim.AdamW(weights.values(), lr=lr, weight_decay=1e-3))
     started = [p.detach().float().cpu().numpy() for p in weights.values()]
-    run = fingerprint(model.name_or_path, ids, labels, batch_size, lr, epochs, seed, valid, *started)
+    run = fingerprint(model.name_or_path, ids, labels, batch_size, lr, epochs, shuffle, seed, valid, *started)
     state = _TuningState(run, weights, optimizer, accelerator.scaler)
     if folder:
         state.read(folder)
@@ -1316,10 +1327,16 @@ def _training_tokens(model, longest):
     return tokens
 
 
-def _training_batches(ids, batch_size, epochs, seed):
-    """Positions in `ids` for each step: each epoch in a new order, and of 16 batches those of like length together."""
+def _training_batches(ids, batch_size, epochs, seed, shuffle=True):
+    """Positions in `ids` for each step: each epoch in a new order, and of 16 batches those of like length together.
+
+    Without `shuffle` the steps go through `ids` in order.
+    """
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
+        if not shuffle:
+            yield from (list(range(i, min(i + batch_size, len(ids)))) for i in range(0, len(ids), batch_size))
+            continue
         order = rng.permutation(len(ids)).tolist()
         for start in range(0, len(ids), 16 * batch_size):
             pool = sorted(order[start : start + 16 * batch_size], key=lambda i: len(ids[i]))
@@ -1333,9 +1350,14 @@ def _warm_up_then_cosine(step, steps):
     return min(step / warmup, (1 + math.cos(math.pi * max(0, step - warmup) / steps)) / 2)
 
 
+def _checks(curve):
+    """The AUCs found on valid so far, in order."""
+    return [row[4] for row in curve if not math.isnan(row[4])]
+
+
 def _stopped(curve):
     """Whether three checks on valid have passed since the best one."""
-    found = [row[4] for row in curve if not math.isnan(row[4])]
+    found = _checks(curve)
     return len(found) - 1 - found.index(max(found)) >= 3 if found else False
 
 
@@ -1349,11 +1371,12 @@ def _cost(model, ids, tokens):
         began = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
-    work = 4 * model.num_parameters(exclude_embeddings=True) * sum(map(len, ids))
+    count = sum(map(len, ids))
+    work = 4 * model.num_parameters(exclude_embeddings=True) * count
     minutes = work / (0.6 * 2 * 500 * b.numel() / np.median(seconds)) / 60
-    kept = min(tokens, sum(map(len, ids))) * config.num_hidden_layers * _bytes_per_layer(config)
+    kept = min(tokens, count) * config.num_hidden_layers * _bytes_per_layer(config)
     memory = (model.get_memory_footprint() + kept) / 1e9
-    return f"tuning on {sum(map(len, ids)):,} tokens: about {minutes:.1f} min and {memory:.1f} GB"
+    return f"tuning on {count:,} tokens: about {minutes:.1f} min and {memory:.1f} GB"
 
 
 class _TuningState:
@@ -1364,7 +1387,7 @@ class _TuningState:
         self.curve, self.best = [], {}
 
     def keep_if_best(self, found):
-        if found > max((row[4] for row in self.curve if not math.isnan(row[4])), default=-1):
+        if found > max(_checks(self.curve), default=-1):
             self.best = {name: p.detach().clone() for name, p in self.weights.items()}
 
     def take_best(self):
@@ -1449,8 +1472,8 @@ def load_adapter(model, folder):
 VARIANTS = {
     "text": ("text", None, 1e-3),
     "codes_only": ("codes", None, 1e-4),
-    "one_step": ("text+codes", None, 1e-4),
-    "two_step": ("text+codes", "text", 1e-4),
+    "one_step": ("side by side", None, 1e-4),
+    "two_step": ("side by side", "text", 1e-4),
 }
 
 
@@ -1460,11 +1483,21 @@ def literate_llm(profile):
     start: a fingerprint of that adapter (data/adapters/literacy); None, and the plain LLM, where it is for another LLM.
     """
     model, tokenizer = load_llm(profile.llm, layers=profile.layers)
+    start = _literacy(profile)
+    return load_adapter(model, ADAPTERS / "literacy") if start else model, tokenizer, start
+
+
+def _llm_name(profile):
+    return profile.llm or os.environ.get("BINLLM_LLM") or SMOLLM2
+
+
+def _literacy(profile):
+    """Fingerprint of the adapter in data/adapters/literacy; None where it is not for the profile's whole LLM."""
     file = ADAPTERS / "literacy" / "adapter_model.safetensors"
     card = file.with_name("card.json")
-    if profile.layers or not card.exists() or json.loads(card.read_text())["llm"] != model.name_or_path:
-        return model, tokenizer, None
-    return load_adapter(model, file.parent), tokenizer, fingerprint(file.read_bytes())
+    if profile.layers or not card.exists() or json.loads(card.read_text())["llm"] != _llm_name(profile):
+        return None
+    return fingerprint(file.read_bytes())
 
 
 def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
@@ -1476,9 +1509,8 @@ def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
     """
     style, first, lr = VARIANTS[variant]
     fmt, written = (None, None) if style == "text" else (fmt, fingerprint(codes.users, codes.items))
-    model, tokenizer, start = literate_llm(profile)
     card = {"variant": variant, "style": style, "format": fmt, "codes": written, "seed": seed, "data": dataset.name}
-    card |= {"llm": model.name_or_path, "layers": profile.layers, "start": start}
+    card |= {"llm": _llm_name(profile), "layers": profile.layers, "start": _literacy(profile)}
     card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "lr": lr, "versions": versions()}
     card |= {"recipe": fingerprint(tune, _training_batches, LORA, build_prompts, TEMPLATES, dataset.train)}
     folder = CACHE / "adapters" / "-".join(filter(None, (profile.name, variant, fmt, f"seed{seed}")))
@@ -1487,6 +1519,8 @@ def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
         return load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if first:
         model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed=seed)
+    else:
+        model, tokenizer, _ = literate_llm(profile)
     rows = dataset.train.sample(min(profile.tune_rows, len(dataset.train)), random_state=seed)
     prompts = build_prompts(dataset, rows, codes, style, fmt or "bits")
     kept = CACHE / "checkpoints" / f"{folder.name}-{fingerprint(card)}"

@@ -194,20 +194,14 @@ def child(work, prompts_file, out_file):
 
 def in_children(ours, peer, prompts, runs=3):
     """Both sides in processes of their own, in turn: [runs, (seconds per prompt, GB)] of each, and their results."""
-    measured, results = {ours: [], peer: []}, []
+    measured = {ours: [], peer: []}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "prompts.json")
         file.write_text(json.dumps(prompts))
         for _ in range(runs):
             for side in measured:
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--child",
-                    side.__name__,
-                    str(file),
-                    f"{folder}/{side.__name__}.npy",
-                ]
+                out_file = Path(folder, f"{side.__name__}.npy")
+                command = [sys.executable, __file__, "--child", side.__name__, str(file), str(out_file)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 measured[side].append(json.loads(out.splitlines()[-1]))
         results = [np.load(path) for path in sorted(Path(folder).glob("*.npy"))]

@@ -6,6 +6,7 @@ python notebooks/adapters.py effect      does reading them help? profile patient
 Both on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,32 +16,46 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
-# (where the two codes stand, bits, questions): short codes first, the paper's prompts last.
-LESSONS = (
-    ("alike", 8, 1280),
-    ("alike", 16, 640),
-    ("alike", 32, 1280),
-    ("codes", 32, 543),
-    ("text+codes", 32, 512),
+# Each course is one run of `tune`: (highest learning rate, lessons); the next goes on from its weights.
+# A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`. Short codes first, whole prompts last.
+COURSES = (
+    (
+        1e-3,
+        (
+            ("alike", 8, 1536, None),
+            ("alike", 16, 1024, None),
+            ("alike", 32, 2048, None),
+            ("codes", 32, 256, None),
+            ("side by side", 32, 320, None),
+            ("text+codes", 32, 320, None),
+        ),
+    ),
+    (
+        5e-4,
+        (
+            ("alike", 32, 3072, 0.1),
+            ("side by side", 32, 512, 0.1),
+        ),
+    ),
 )
 BATCH = 32  # questions a step
 
 
-def lesson(dataset, where, bits, n, seed):
+def lesson(dataset, where, bits, n, spread, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
     where: a short question, or a style of the paper's prompt about a row of the training split, each with a user and a
     film of its own; there are some 500 such rows.
     """
     if where in bu.QUESTIONS:
-        pairs = bu.code_pairs(n, bits, seed)
+        pairs = bu.code_pairs(n, bits, seed, spread)
         texts = zip(map(bu.to_bits, pairs.users), map(bu.to_bits, pairs.items))
         prompts = [bu.QUESTIONS[where].format(a=a, b=b) for a, b in texts]
         return prompts, bu.alike(bu.hamming_similarity(pairs.users, pairs.items))
     rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
     if len(rows) < n:
         raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
-    pairs = bu.code_pairs(dataset.n_users, bits, seed)
+    pairs = bu.code_pairs(dataset.n_users, bits, seed, spread)
     items = bu.code_pairs(dataset.n_items, bits, seed + 1).items
     items[rows.item] = pairs.items[rows.user]
     prompts = bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where)
@@ -48,27 +63,25 @@ def lesson(dataset, where, bits, n, seed):
 
 
 def literacy():
-    """LoRA weights that read codes, learned lesson by lesson; data/adapters/literacy."""
+    """LoRA weights that read codes, learned on made-up ones alone; data/adapters/literacy."""
     dataset = bu.load_ml1m()
     model, tokenizer = bu.load_llm()
-    curves = []
-    for place, (where, bits, n) in enumerate(LESSONS):
-        prompts, labels = lesson(dataset, where, bits, n, seed=place)
-        print(f"lesson {place + 1} of {len(LESSONS)}: {where}, {bits} bits, {len(prompts)} questions", flush=True)
-        folder = bu.CACHE / "checkpoints" / f"literacy-{place}"
-        model, curve = bu.tune(model, tokenizer, prompts, labels, batch_size=BATCH, folder=folder)
-        first, last = curve.loss.head(5).mean(), curve.loss.tail(5).mean()
-        print(f"  loss {first:.3f} -> {last:.3f} in {curve.seconds.iloc[-1]:.0f} s", flush=True)
-        curves.append(curve.assign(lesson=f"{where} {bits}"))
-    curve = pd.concat(curves, ignore_index=True)
-    card = {
-        "what": "reads codes; saw made-up codes only",
-        "llm": model.name_or_path,
-        "lessons": LESSONS,
-    }
-    card |= {"seconds": round(sum(c.seconds.iloc[-1] for c in curves)), "hardware": bu.hardware()}
+    curves, seeds = [], itertools.count()
+    for place, (lr, lessons) in enumerate(COURSES, 1):
+        parts = [pd.DataFrame(lesson(dataset, *what, next(seeds)), ["prompt", "label"]).T for what in lessons]
+        asked = pd.concat([part.assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
+        options = {"batch_size": BATCH, "lr": lr, "shuffle": False}
+        options["folder"] = bu.CACHE / "checkpoints" / f"literacy-{place}"
+        model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
+        curves.append(curve.assign(course=place, lesson=asked.lesson.to_list()[::BATCH]))
+    card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": COURSES}
+    card |= {"seconds": round(sum(curve.seconds.iloc[-1] for curve in curves)), "hardware": bu.hardware()}
     card |= {"versions": bu.versions(), "commit": bu.commit()}
-    bu.save_adapter(model, ROOT / "data" / "adapters" / "literacy", card, curve)
+    bu.save_adapter(model, bu.ADAPTERS / "literacy", card, pd.concat(curves))
+
+
+def lesson_name(where, bits, n, spread):
+    return f"{where}, {bits} bits" + (", near one half" if spread else "")
 
 
 def effect():
@@ -93,13 +106,10 @@ def effect():
         print(f"{variant}: AUC {result['auc']}, UAUC {result['uauc']}, {about['seconds']:.0f} s of tuning", flush=True)
     for one, other in (("text", "one_step"), ("codes", "one_step")):
         for metric, test in bu.paired_test(rows.user, rows.label, scores[one], scores[other]).round(4).iterrows():
-            row = where | {"profile": profile.name, "a": one, "b": other, "metric": metric} | test.to_dict()
-            columns = [*row, "hardware", "versions", "commit"]
-            key = columns[:7]
-            bu.put_row(ROOT / "data/results/paired.csv", {column: row.get(column) for column in columns}, key)
-            print(
-                f"{metric} of {other} - {one}: {test.difference:+.4f} [{test.low:+.4f}, {test.high:+.4f}], p {test.p}"
-            )
+            key = where | {"profile": profile.name, "a": one, "b": other, "metric": metric}
+            bu.put_row(ROOT / "data/results/paired.csv", key | test.to_dict(), list(key))
+            interval = f"[{test.low:+.4f}, {test.high:+.4f}], p {test.p}"
+            print(f"{metric} of {other} - {one}: {test.difference:+.4f} {interval}", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,15 @@ def test_clean_mode_differs_in_the_typing_errors_only(three):
         clean = bu.build_prompts(dataset, rows, codes, style)
         faithful = bu.build_prompts(dataset, rows, codes, style, faithful=True)
         assert clean == [text.replace(" \\n", "\n").replace("unkow", "none so far") for text in faithful]
-        assert all(text.endswith('Answer with "Yes" or "No".\n#Answer:') for text in clean)
+        assert all('Answer with "Yes" or "No".' in text and text.endswith("\n#Answer:") for text in clean)
+
+
+def test_side_by_side_ends_in_the_question_of_the_lessons(three):
+    dataset, rows, codes = three
+    for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, "side by side")):
+        a, b = bu.to_bits(codes.users[row.user]), bu.to_bits(codes.items[row.item])
+        assert text.endswith(' "No". ' + bu.QUESTIONS["alike"].format(a=a, b=b))
+        assert f'titled "{dataset.titles[row.item].strip()}"?' in text
 
 
 def test_codes_only_shows_no_title(three):
@@ -68,7 +76,7 @@ def test_at_most_ten_titles_and_the_latest(toy):
 def test_bad_calls_are_named(toy, toy_codes):
     with pytest.raises(ValueError, match="pass codes="):
         bu.build_prompts(toy, toy.test)
-    with pytest.raises(ValueError, match=r"choose from \['text', 'codes', 'text\+codes'\]"):
+    with pytest.raises(ValueError, match=r"choose from \['text', 'codes', 'text\+codes', 'side by side'\]"):
         bu.build_prompts(toy, toy.test, toy_codes, style="poem")
     with pytest.raises(ValueError, match=r"\['bits', 'dotted'\]"):
         bu.build_prompts(toy, toy.test, toy_codes, fmt="hex")

@@ -24,6 +24,12 @@ def test_pairs_are_of_every_similarity():
     assert np.histogram(similarity, bins=4, range=(0, 1))[0].min() > 800  # random pairs would all stand in the middle
     assert abs(pairs.users.mean() - 0.5) < 0.01 and abs(pairs.items.mean() - 0.5) < 0.01
     assert not np.array_equal(pairs.users, bu.code_pairs(4000, 32, seed=2).users)
+    near = bu.code_pairs(4000, 32, seed=1, spread=0.1)
+    similarity = bu.hamming_similarity(near.users, near.items)
+    assert similarity.mean() == pytest.approx(0.5, abs=0.01)
+    assert similarity.std() == pytest.approx(
+        (0.1**2 + (0.5**2 - 0.1**2) / 32) ** 0.5, abs=0.005
+    )  # of p, and of 32 bits
 
 
 @pytest.mark.parametrize("kind", bu.QUESTIONS)
@@ -49,9 +55,9 @@ def test_more_alike_is_more_likely_yes():
     assert (np.diff(taught) > 0).all() and taught[5] == 0.5 and taught[0] == pytest.approx(1 - taught[10])
 
 
-@pytest.mark.parametrize("where", ["alike", "codes", "text+codes"])
+@pytest.mark.parametrize("where", ["alike", "codes", "side by side", "text+codes"])
 def test_lessons_ask_about_the_codes_they_hold(ml1m, where):
-    prompts, labels = load_script("adapters").lesson(ml1m, where, 16, 60, seed=4)
+    prompts, labels = load_script("adapters").lesson(ml1m, where, 16, 60, 0.1, seed=4)
     assert len(prompts) == len(labels) == 60 == len(set(prompts))
     for prompt, label in zip(prompts, labels):
         a, b = re.findall(r"\b[01]{16}\b", prompt)
@@ -75,11 +81,12 @@ def test_the_shipped_adapter_is_small_and_says_how_it_was_made():
     assert {name.split(".")[-3] for name in load_file(weights)} >= {"q_proj", "down_proj"}
     card = json.loads((folder / "card.json").read_text())
     assert card["llm"] == bu.SMOLLM2 and card["seconds"] > 0
-    assert card["lessons"] == [list(lesson) for lesson in load_script("adapters").LESSONS]
+    assert card["courses"] == json.loads(json.dumps(load_script("adapters").COURSES))
 
 
 def test_another_llm_starts_plain(monkeypatch, llm):
     assert bu.literate_llm(bu.PROFILES["smoke"])[2] is None  # two layers only
     monkeypatch.setattr(bu, "load_llm", lambda *_, **__: llm)
+    monkeypatch.setenv("BINLLM_LLM", "some/other-model")
     llm[0].name_or_path = "some/other-model"
     assert bu.literate_llm(bu.PROFILES["cpu"])[2] is None

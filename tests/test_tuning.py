@@ -33,8 +33,8 @@ curve.drop(columns="seconds").to_csv(sys.argv[3], index=False)
 """
 
 
-def start(folder, name="out"):
-    command = [sys.executable, "-c", RUN, folder / "kept", folder / f"{name}.safetensors", folder / f"{name}.csv"]
+def start(folder):
+    command = [sys.executable, "-c", RUN, folder / "kept", folder / "out.safetensors", folder / "out.csv"]
     return subprocess.Popen(list(map(str, command)), cwd=bu.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
@@ -175,6 +175,11 @@ def test_each_epoch_sees_each_prompt_once_and_little_is_padded():
         assert len(part) == 1 or len(part) * max(lengths) <= 500
         read, real = read + len(part) * max(lengths), real + sum(lengths)
     assert 1 - real / read < 0.05
+
+
+def test_without_shuffling_the_steps_keep_the_order():
+    steps = list(bu._training_batches([[0] * n for n in (3, 1, 2, 9, 5)], 2, 2, seed=0, shuffle=False))
+    assert steps == [[0, 1], [2, 3], [4]] * 2
 
 
 def test_small_parts_have_the_gradient_of_the_whole_batch(llm, monkeypatch):
