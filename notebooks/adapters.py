@@ -1,15 +1,19 @@
 """Train what takes longer than a notebook should, and keep it in data/adapters.
 
-python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: half an hour
-python notebooks/adapters.py effect      does reading them help? profile patient, 2,000 test rows: an hour and a half
+python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
+python notebooks/adapters.py effect      does reading them help? profile patient, 2,000 test rows: an hour
 
-Both on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
+python notebooks/adapters.py long        tune on the whole training split, chapter by chapter: some nine hours
+
+All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,10 +78,29 @@ def literacy():
         options["folder"] = bu.CACHE / "checkpoints" / f"literacy-{place}"
         model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
         curves.append(curve.assign(course=place, lesson=asked.lesson.to_list()[::BATCH]))
+        exam(dataset, model, tokenizer, place)
     card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": COURSES}
     card |= {"seconds": round(sum(curve.seconds.iloc[-1] for curve in curves)), "hardware": bu.hardware()}
     card |= {"versions": bu.versions(), "commit": bu.commit()}
     bu.save_adapter(model, bu.ADAPTERS / "literacy", card, pd.concat(curves))
+
+
+def exam(dataset, model, tokenizer, course):
+    """How well real codes are read after a course, on valid rows and before any rating: data/results/literacy.csv."""
+    codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.valid, 250, seed=1)
+    similarity = bu.hamming_similarity(codes.users[rows.user], codes.items[rows.item])
+    scores = {"Hamming similarity itself": bu.alike(similarity)}
+    texts = zip(map(bu.to_bits, codes.users[rows.user]), map(bu.to_bits, codes.items[rows.item]))
+    prompts = {"alike": [bu.QUESTIONS["alike"].format(a=a, b=b) for a, b in texts]}
+    prompts |= {style: bu.build_prompts(dataset, rows, codes, style) for style in ("side by side", "text+codes")}
+    scores |= {name: bu.score(model, tokenizer, asked) for name, asked in prompts.items()}
+    for name, p in scores.items():
+        key = {"after_course": course, "prompt": name, "split": "valid", "rows": len(rows)}
+        row = {"correlation": np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1], "auc": bu.auc(rows.label, p)}
+        row["uauc"] = bu.uauc(rows.user, rows.label, p)[0]
+        row = {name: round(value, 4) for name, value in row.items()}
+        bu.put_row(ROOT / "data/results/literacy.csv", key | row, list(key))
+        print(f"course {course}, {name}: {row}", flush=True)
 
 
 def lesson_name(where, bits, n, spread):
@@ -112,8 +135,41 @@ def effect():
             print(f"{metric} of {other} - {one}: {test.difference:+.4f} {interval}", flush=True)
 
 
+CHAPTER = 2048  # rows
+
+
+def long():
+    """One-step tuning on the whole training split; data/adapters/one_step.
+
+    Each chapter is a run of `tune` on the next rows of one random order, from the adapter of the chapter before. After
+    each the adapter is saved, with its valid AUC and the rows seen so far in its card: stop at any time and go on
+    later, even in a fresh clone.
+    """
+    dataset, folder = bu.load_ml1m(), bu.ADAPTERS / "one_step"
+    codes, (style, _, lr) = bu.cached_codes(dataset), bu.VARIANTS["one_step"]
+    valid, order = bu.sample_rows(dataset.valid, 250, seed=1), dataset.train.sample(frac=1, random_state=0)
+    model, tokenizer = bu.load_llm()
+    chapters, curves = [], []
+    if (folder / "card.json").exists():
+        chapters = json.loads((folder / "card.json").read_text())["chapters"]
+        curves = [pd.read_csv(folder / "curve.csv")]
+    model = bu.load_adapter(model, folder if chapters else bu.ADAPTERS / "literacy")
+    for begin in range(CHAPTER * len(chapters), len(order), CHAPTER):
+        rows = order.iloc[begin : begin + CHAPTER]
+        options = {"batch_size": 16, "lr": lr, "folder": bu.CACHE / "checkpoints" / f"long-{begin}"}
+        model, curve = bu.tune(model, tokenizer, bu.build_prompts(dataset, rows, codes, style), rows.label, **options)
+        curves.append(curve.assign(chapter=len(chapters)))
+        result = bu.evaluate(valid, bu.score(model, tokenizer, bu.build_prompts(dataset, valid, codes, style)))
+        result |= {"rows": begin + len(rows), "seconds": round(curve.seconds.iloc[-1])}
+        chapters.append(result)
+        print(f"{result['rows']:,} of {len(order):,} rows: AUC {result['auc']} on {len(valid)} valid rows", flush=True)
+        card = {"what": "one_step on the training split", "llm": model.name_or_path, "chapters": chapters}
+        card |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
+        bu.save_adapter(model, folder, card, pd.concat(curves))
+
+
 if __name__ == "__main__":
-    wanted = {"literacy": literacy, "effect": effect}
+    wanted = {"literacy": literacy, "effect": effect, "long": long}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]]()
