@@ -58,7 +58,7 @@ class Profile:
 _PROFILES = (  # in the order of the fields above
     Profile("smoke", None, 2, 5, 16, 60, 8),
     Profile("cpu", None, None, 600, 64, 200, 8),
-    Profile("patient", None, None, 600, 800, 2_000, 8),
+    Profile("patient", None, None, 600, 512, 2_000, 8),
     Profile("gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 600, 8_000, 7_331, 16),
     Profile("paper", "lmsys/vicuna-7b-v1.5", None, 600, 33_891, 7_331, 16),
 )
