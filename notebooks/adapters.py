@@ -87,7 +87,7 @@ def literacy():
 
 def exam(dataset, model, tokenizer, course):
     """How well real codes are read after a course, on valid rows and before any rating: data/results/literacy.csv."""
-    codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.valid, 250, seed=1)
+    codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.valid, 150, seed=1)
     similarity = bu.hamming_similarity(codes.users[rows.user], codes.items[rows.item])
     scores = {"Hamming similarity itself": bu.alike(similarity)}
     texts = zip(map(bu.to_bits, codes.users[rows.user]), map(bu.to_bits, codes.items[rows.item]))

@@ -70,6 +70,10 @@ def bench_table(bench):
         "score_memory": "memory while scoring",
         "score_candidates": "scoring 200 films for one user",
         "hamming": "ten nearest of a million codes, 2,000 times",
+        "tune": "tuning prompts",
+        "tune_memory": "memory while tuning",
+        "score_roofline": "speed of scoring",
+        "tune_roofline": "speed of tuning",
     }
     rows = []
     for row in bench.itertuples():
