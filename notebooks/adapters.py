@@ -98,7 +98,7 @@ def exam(dataset, model, tokenizer, course):
         key = {"after_course": course, "prompt": name, "split": "valid", "rows": len(rows)}
         row = {"correlation": np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1], "auc": bu.auc(rows.label, p)}
         row["uauc"] = bu.uauc(rows.user, rows.label, p)[0]
-        row = {name: round(value, 4) for name, value in row.items()}
+        row = {name: round(float(value), 4) for name, value in row.items()}
         bu.put_row(ROOT / "data/results/literacy.csv", key | row, list(key))
         print(f"course {course}, {name}: {row}", flush=True)
 
