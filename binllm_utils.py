@@ -899,7 +899,7 @@ def from_dotted(text):
 # ------------------------------------------------------------------------------------------------------------ prompts
 # The paper's two templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
 # "side by side" is ours: a title between two codes shifts one against the other by a different length in each prompt,
-# and a small model, which compares digits at a distance it has learned, loses its place.
+# and a small model, which compares digits at a distance it has learned, reads them less surely.
 TEMPLATES = {
     "text": "#Question: A user has given high ratings to the following movies: {likes}. Leverage the information to "
     "predict whether the user would enjoy the movie titled {title}? "
