@@ -246,7 +246,7 @@ def bench_roofline():
     for name, work, per_weight in (("score_roofline", our_scores, 2), ("tune_roofline", our_tuning, 4)):
         if work is our_tuning:  # LoRA matrices once: on a plain model each run would put new ones beside the old
             model, _ = bu.tune(model, tokenizer, prompts[:4], [0, 1, 0, 1], progress=False)
-        ours, peak, _, _ = take_turns(lambda work=work: work(model, tokenizer, prompts), product, runs=5)
+        ours, peak, _, _ = take_turns(lambda work=work, model=model: work(model, tokenizer, prompts), product, runs=5)
         ours, peak = per_weight * weights * tokens / np.array(ours) / 1e9, 40 * 2 * 2048**3 / np.array(peak) / 1e9
         peer = "float32 product of 2048 x 2048 on the same cores", version("torch")
         note(name, ours, peak, "GFLOP/s", *peer, 5, more_is_better=True)

@@ -77,7 +77,7 @@ def bench_table(bench):
     }
     rows = []
     for row in bench.itertuples():
-        values = [f"{row.ours:.3g}", f"{row.peer:.3g}", row.unit, f"**{row.ratio:.1f}**"]
+        values = [f"{row.ours:.3g}", f"{row.peer:.3g}", row.unit, f"**{row.ratio:.{1 if row.ratio >= 1 else 2}f}**"]
         rows.append([what[row.bench], *values, f"{row.peer_name} ({row.peer_version})"])
     return markdown(["what", "here", "plain way", "unit", "times better", "the plain way"], rows)
 
