@@ -1,5 +1,6 @@
 """Made-up codes and questions about them, and the adapter that was taught by them."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -90,3 +91,32 @@ def test_another_llm_starts_plain(monkeypatch, llm):
     monkeypatch.setenv("BINLLM_LLM", "some/other-model")
     llm[0].name_or_path = "some/other-model"
     assert bu.literate_llm(bu.PROFILES["cpu"])[2] is None
+
+
+def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_path, monkeypatch):
+    script, two_layers = load_script("adapters"), functools.partial(bu.load_llm, layers=2)
+    for name, value in (("CACHE", tmp_path / "cache"), ("ADAPTERS", tmp_path), ("load_llm", two_layers)):
+        monkeypatch.setattr(bu, name, value)
+    monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
+    monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
+    monkeypatch.setattr(script, "CHAPTER", -(-len(toy.train) // 3))
+    model, tokenizer = bu.load_llm()
+    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
+    bu.save_adapter(model, tmp_path / "literacy", {}, curve)
+    seen, tune = [], bu.tune
+
+    def stopped_in_the_second(model, tokenizer, prompts, labels, **options):
+        seen.append(list(prompts))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return tune(model, tokenizer, prompts, labels, **options)
+
+    monkeypatch.setattr(bu, "tune", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        script.long()
+    script.long()
+    assert seen[1] == seen[2] and len(seen) == 4  # the chapter that was cut short comes again, then the last
+    everything = bu.build_prompts(toy, toy.train, toy_codes, "side by side")
+    assert sorted(seen[0] + seen[2] + seen[3]) == sorted(everything)
+    card = json.loads((tmp_path / "one_step" / "card.json").read_text())
+    assert card["chapters"][-1]["rows"] == len(toy.train) and len(card["chapters"]) == 3
