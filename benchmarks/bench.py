@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -243,10 +244,11 @@ def bench_roofline():
             a @ b
 
     our_scores(model, tokenizer, prompts[:4])
-    for name, work, per_weight in (("score_roofline", our_scores, 2), ("tune_roofline", our_tuning, 4)):
-        if work is our_tuning:  # LoRA matrices once: on a plain model each run would put new ones beside the old
-            model, _ = bu.tune(model, tokenizer, prompts[:4], [0, 1, 0, 1], progress=False)
-        ours, peak, _, _ = take_turns(lambda work=work, model=model: work(model, tokenizer, prompts), product, runs=5)
+    # tuned beforehand, for on a plain model each run would put new LoRA matrices beside the old
+    with_lora, _ = bu.tune(*bu.load_llm(), prompts[:4], [0, 1, 0, 1], progress=False)
+    cases = ("score_roofline", our_scores, model, 2), ("tune_roofline", our_tuning, with_lora, 4)
+    for name, work, llm, per_weight in cases:
+        ours, peak, _, _ = take_turns(partial(work, llm, tokenizer, prompts), product, runs=5)
         ours, peak = per_weight * weights * tokens / np.array(ours) / 1e9, 40 * 2 * 2048**3 / np.array(peak) / 1e9
         peer = "float32 product of 2048 x 2048 on the same cores", version("torch")
         note(name, ours, peak, "GFLOP/s", *peer, 5, more_is_better=True)

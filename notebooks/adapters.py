@@ -53,9 +53,9 @@ def lesson(dataset, where, bits, n, spread, seed):
     """
     if where in bu.QUESTIONS:
         pairs = bu.code_pairs(n, bits, seed, spread)
-        texts = zip(map(bu.to_bits, pairs.users), map(bu.to_bits, pairs.items))
-        prompts = [bu.QUESTIONS[where].format(a=a, b=b) for a, b in texts]
-        return prompts, bu.alike(bu.hamming_similarity(pairs.users, pairs.items))
+        return short_questions(where, pairs.users, pairs.items), bu.alike(
+            bu.hamming_similarity(pairs.users, pairs.items)
+        )
     rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
     if len(rows) < n:
         raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
@@ -66,14 +66,19 @@ def lesson(dataset, where, bits, n, spread, seed):
     return prompts, bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item]))
 
 
+def short_questions(kind, users, items):
+    """One of QUESTIONS about each user's and item's code, 0/1 arrays [n, bits]."""
+    return [bu.QUESTIONS[kind].format(a=bu.to_bits(a), b=bu.to_bits(b)) for a, b in zip(users, items)]
+
+
 def literacy():
     """LoRA weights that read codes, learned on made-up ones alone; data/adapters/literacy."""
     dataset = bu.load_ml1m()
     model, tokenizer = bu.load_llm()
     curves, seeds = [], itertools.count()
     for place, (lr, lessons) in enumerate(COURSES, 1):
-        parts = [pd.DataFrame(lesson(dataset, *what, next(seeds)), ["prompt", "label"]).T for what in lessons]
-        asked = pd.concat([part.assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
+        parts = [dict(zip(("prompt", "label"), lesson(dataset, *what, next(seeds)))) for what in lessons]
+        asked = pd.concat([pd.DataFrame(part).assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
         options = {"batch_size": BATCH, "lr": lr, "shuffle": False}
         options["folder"] = bu.CACHE / "checkpoints" / f"literacy-{place}"
         model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
@@ -88,10 +93,10 @@ def literacy():
 def exam(dataset, model, tokenizer, course):
     """How well real codes are read after a course, on valid rows and before any rating: data/results/literacy.csv."""
     codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.valid, 150, seed=1)
-    similarity = bu.hamming_similarity(codes.users[rows.user], codes.items[rows.item])
+    sides = codes.users[rows.user], codes.items[rows.item]
+    similarity = bu.hamming_similarity(*sides)
     scores = {"Hamming similarity itself": bu.alike(similarity)}
-    texts = zip(map(bu.to_bits, codes.users[rows.user]), map(bu.to_bits, codes.items[rows.item]))
-    prompts = {"alike": [bu.QUESTIONS["alike"].format(a=a, b=b) for a, b in texts]}
+    prompts = {"alike": short_questions("alike", *sides)}
     prompts |= {style: bu.build_prompts(dataset, rows, codes, style) for style in ("side by side", "text+codes")}
     scores |= {name: bu.score(model, tokenizer, asked) for name, asked in prompts.items()}
     for name, p in scores.items():
@@ -148,6 +153,7 @@ def long():
     dataset, folder = bu.load_ml1m(), bu.ADAPTERS / "one_step"
     codes, (style, _, lr) = bu.cached_codes(dataset), bu.VARIANTS["one_step"]
     valid, order = bu.sample_rows(dataset.valid, 250, seed=1), dataset.train.sample(frac=1, random_state=0)
+    asked = bu.build_prompts(dataset, valid, codes, style)
     model, tokenizer = bu.load_llm()
     chapters, curves = [], []
     if (folder / "card.json").exists():
@@ -159,7 +165,7 @@ def long():
         options = {"batch_size": 16, "lr": lr, "folder": bu.CACHE / "checkpoints" / f"long-{begin}"}
         model, curve = bu.tune(model, tokenizer, bu.build_prompts(dataset, rows, codes, style), rows.label, **options)
         curves.append(curve.assign(chapter=len(chapters)))
-        result = bu.evaluate(valid, bu.score(model, tokenizer, bu.build_prompts(dataset, valid, codes, style)))
+        result = bu.evaluate(valid, bu.score(model, tokenizer, asked))
         result |= {"rows": begin + len(rows), "seconds": round(curve.seconds.iloc[-1])}
         chapters.append(result)
         print(f"{result['rows']:,} of {len(order):,} rows: AUC {result['auc']} on {len(valid)} valid rows", flush=True)

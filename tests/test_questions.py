@@ -28,9 +28,8 @@ def test_pairs_are_of_every_similarity():
     near = bu.code_pairs(4000, 32, seed=1, spread=0.1)
     similarity = bu.hamming_similarity(near.users, near.items)
     assert similarity.mean() == pytest.approx(0.5, abs=0.01)
-    assert similarity.std() == pytest.approx(
-        (0.1**2 + (0.5**2 - 0.1**2) / 32) ** 0.5, abs=0.005
-    )  # of p, and of 32 bits
+    of_bits = (0.5**2 - 0.1**2) / 32  # the variance of 32 throws, beside that of the chances
+    assert similarity.std() == pytest.approx((0.1**2 + of_bits) ** 0.5, abs=0.005)
 
 
 @pytest.mark.parametrize("kind", bu.QUESTIONS)
