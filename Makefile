@@ -17,7 +17,8 @@ test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
 
-results: $(VENV)/installed ## rewrite data/results and the README's table
+results: $(VENV)/installed ## rewrite data/results, and the figures and tables made from it; hours, goes on where it was
+	$(BIN)/python notebooks/results.py
 	$(BIN)/python notebooks/run.py 01 05 && $(BIN)/python notebooks/readme.py
 
 bench: $(VENV)/installed   ## rewrite data/results/bench.csv
@@ -25,8 +26,7 @@ bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python notebooks/readme.py
 
 adapters: $(VENV)/installed ## train what data/adapters holds, for hours; goes on where it was stopped
-	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py effect
-	$(BIN)/python notebooks/readme.py
+	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py long
 
 clean:                     ## forget data, models and adapters that can be fetched or made again
 	rm -rf data/cache

@@ -896,6 +896,11 @@ def from_dotted(text):
     return np.unpackbits(np.array(parts, int).astype(np.uint8))
 
 
+def to_hex(code):
+    """0/1 array [bits] -> two hexadecimal digits for 8 bits: "65c9c811". Not in the paper; a control for dotted."""
+    return np.packbits(_check_bits(code)).tobytes().hex()
+
+
 # ------------------------------------------------------------------------------------------------------------ prompts
 # The paper's two templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
 # "side by side" is ours: a title between two codes shifts one against the other by a different length in each prompt,
@@ -914,14 +919,14 @@ TEMPLATES = {
     "side by side": "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy "
     'the movie titled {title}? Answer with "Yes" or "No". User {user} movie {item} alike? \\n#Answer:',
 }
-FORMATS = {"bits": to_bits, "dotted": to_dotted}
+FORMATS = {"bits": to_bits, "dotted": to_dotted, "hex": to_hex}
 
 
 def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", faithful=False):
     """One prompt a row, ready for the LLM to answer " Yes" or " No" (paper, Section 3.1 and Table 4).
 
     style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", or "side by side"
-    (the same, with the codes at the end, as in QUESTIONS["alike"]); fmt: "bits" or "dotted". `rows` needs columns
+    (the same, with the codes at the end, as in QUESTIONS["alike"]); fmt: one of FORMATS. `rows` needs columns
     `user, item, timestamp`; the titles shown are the user's last ten likes before it.
     faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, and "unkow" for
     an empty history. (Its literal "<s>" in front is LLaMA's start token and belongs to that tokenizer.)
@@ -1513,7 +1518,8 @@ def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
     card |= {"llm": _llm_name(profile), "layers": profile.layers, "start": _literacy(profile)}
     card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "lr": lr, "versions": versions()}
     card |= {"recipe": fingerprint(tune, _training_batches, LORA, build_prompts, TEMPLATES, dataset.train)}
-    folder = CACHE / "adapters" / "-".join(filter(None, (profile.name, variant, fmt, f"seed{seed}")))
+    bits = fmt and f"{codes.bits}bits"
+    folder = CACHE / "adapters" / "-".join(filter(None, (profile.name, variant, fmt, bits, f"seed{seed}")))
     if folder.exists() and card.items() <= json.loads((folder / "card.json").read_text()).items():
         model, tokenizer = load_llm(profile.llm, layers=profile.layers)
         return load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
@@ -1731,6 +1737,27 @@ def record(profile, **row):
     path = output_folder("data/results", profile) / "metrics.csv"
     row |= {"profile": profile.name}
     put_row(path, {column: row.get(column) for column in METRIC_COLUMNS}, METRIC_COLUMNS[:9])
+
+
+def read_scores(path):
+    """What notebooks/results.py keeps: P(Yes) by run (columns) on rows of a split (lines, by their place in it).
+
+    A DataFrame indexed by row; NaN where a run was not asked. Raises OSError where there is no such file, ValueError
+    for a row that is there twice, for one without a number, and for an answer that is no probability.
+    """
+    if not Path(path).exists():
+        raise OSError(f"{path} is not there; python notebooks/results.py makes it")
+    table = pd.read_csv(path)
+    if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
+        raise ValueError(f"{path}: not scores; its columns must be `row` and a number column for each run")
+    for bad, what in (
+        (table.row.duplicated(), "row {row:.0f} is there twice; drop one"),
+        (table.row.isna() | (table.row < 0) | (table.row % 1 > 0), "row {row} is not the place of a row in the split"),
+        ((table.drop(columns="row").sub(0.5).abs() > 0.5).any(axis=1), "row {row:.0f} holds an answer not from 0 to 1"),
+    ):
+        if bad.any():
+            raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**table.loc[bad.idxmax()])}")
+    return table.astype({"row": int}).set_index("row")
 
 
 def save_figure(fig, name, alt, profile):

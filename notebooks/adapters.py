@@ -1,9 +1,7 @@
 """Train what takes longer than a notebook should, and keep it in data/adapters.
 
 python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
-python notebooks/adapters.py effect      does reading them help? profile patient, 2,000 test rows: an hour
-
-python notebooks/adapters.py long        tune on the whole training split, chapter by chapter: some nine hours
+python notebooks/adapters.py long        tune on the whole training split, chapter by chapter: some eight hours
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -112,34 +110,6 @@ def lesson_name(where, bits, n, spread):
     return f"{where}, {bits} bits" + (", near one half" if spread else "")
 
 
-def effect():
-    """The LLM with codes against the same LLM without, same budget, on the same test rows, and against the codes alone.
-
-    Rows of metrics.csv, and the paired differences in data/results/paired.csv.
-    """
-    dataset, profile = bu.load_ml1m(), bu.PROFILES["patient"]
-    codes = bu.cached_codes(dataset)
-    rows = bu.sample_rows(dataset.test, profile.eval_rows)
-    where = {"dataset": dataset.name, "split": "test", "rows": len(rows)}
-    scores = {"codes": bu.hamming_similarity(codes.users[rows.user], codes.items[rows.item])}
-    about = {"model": "codes", "variant": "ours", "bits": codes.bits, "seed": 0}
-    bu.record(profile, **where, **about, **bu.evaluate(rows, scores["codes"]))
-    for variant in ("text", "one_step"):
-        model, tokenizer, curve = bu.tuned_llm(dataset, codes, profile, variant)
-        scores[variant] = bu.score(model, tokenizer, bu.build_prompts(dataset, rows, codes, bu.VARIANTS[variant][0]))
-        written = {} if variant == "text" else {"bits": codes.bits, "format": "bits"}
-        about = {"model": "llm", "variant": variant, "seed": 0, "seconds": round(curve.seconds.iloc[-1], 1), **written}
-        result = bu.evaluate(rows, scores[variant])
-        bu.record(profile, **where, **about, **result)
-        print(f"{variant}: AUC {result['auc']}, UAUC {result['uauc']}, {about['seconds']:.0f} s of tuning", flush=True)
-    for one, other in (("text", "one_step"), ("codes", "one_step")):
-        for metric, test in bu.paired_test(rows.user, rows.label, scores[one], scores[other]).round(4).iterrows():
-            key = where | {"profile": profile.name, "a": one, "b": other, "metric": metric}
-            bu.put_row(ROOT / "data/results/paired.csv", key | test.to_dict(), list(key))
-            interval = f"[{test.low:+.4f}, {test.high:+.4f}], p {test.p}"
-            print(f"{metric} of {other} - {one}: {test.difference:+.4f} {interval}", flush=True)
-
-
 CHAPTER = 2048  # rows
 
 
@@ -175,7 +145,7 @@ def long():
 
 
 if __name__ == "__main__":
-    wanted = {"literacy": literacy, "effect": effect, "long": long}
+    wanted = {"literacy": literacy, "long": long}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]]()

@@ -28,6 +28,7 @@ def chunks(text):
 
 def test_the_papers_example():
     assert bu.to_dotted(bu.from_bits("10101100000100001111111000000001")) == "172.16.254.1"
+    assert bu.to_hex(bu.from_bits("10101100000100001111111000000001")) == "ac10fe01"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,274 @@
+"""Ask every tuned LLM about the same rows and keep its answers in data/results, for notebook 05 to evaluate.
+
+python notebooks/results.py                    every run there is: hours on two CPU cores
+python notebooks/results.py one_step control   those whose names begin so
+
+It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
+again. Without a GPU the profile is `patient`; BINLLM_PROFILE chooses another. The files: scores-PROFILE-SPLIT.csv
+(P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv, ranking-PROFILE.csv, and runs.csv, which says
+how each was made.
+"""
+
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import binllm_utils as bu
+
+# name: variant, code format, bits, share of the profile's test rows. "whole_split" is what `adapters.py long` made.
+RUNS = {
+    "whole_split": ("whole_split", "bits", 32, 1),
+    "text": ("text", "bits", 32, 1),
+    "one_step": ("one_step", "bits", 32, 1),
+    "codes_only": ("codes_only", "bits", 32, 1 / 2),
+    "two_step": ("two_step", "bits", 32, 1 / 2),
+    "one_step dotted": ("one_step", "dotted", 32, 1 / 2),
+    "two_step dotted": ("two_step", "dotted", 32, 1 / 2),
+    "one_step hex": ("one_step", "hex", 32, 1 / 4),
+    "one_step 16 bits": ("one_step", "bits", 16, 1 / 4),
+    "one_step 64 bits": ("one_step", "bits", 64, 1 / 4),
+}
+DAY = 24 * 60 * 60  # seconds
+
+
+def load(dataset, codes, profile, variant, fmt="bits"):
+    """(model, tokenizer, style of its prompts, seconds of tuning) of one of VARIANTS, or of "whole_split"."""
+    if variant != "whole_split":
+        model, tokenizer, curve = bu.tuned_llm(dataset, codes, profile, variant, fmt)
+        return model, tokenizer, bu.VARIANTS[variant][0], curve.seconds.iloc[-1]
+    model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
+    model = bu.load_adapter(model, bu.ADAPTERS / "one_step")
+    seconds = pd.read_csv(bu.ADAPTERS / "one_step" / "curve.csv").groupby("chapter").seconds.max().sum()
+    return model, tokenizer, bu.VARIANTS["one_step"][0], seconds
+
+
+def reader(profile):
+    """The variant that reads codes best: whole_split where its adapter is there and fits the profile's LLM."""
+    there = (bu.ADAPTERS / "one_step" / "card.json").exists()
+    return "whole_split" if there and not (profile.llm or profile.layers) else "one_step"
+
+
+def make(name, dataset, profile, work, variant, fmt="bits", bits=32):
+    """Make one run, unless runs.csv says that it was made from the same things, and note it there.
+
+    work(ask, style, codes) asks, keeps the answers and returns all its prompts; ask(prompts) is `bu.score`.
+    """
+    codes, path = bu.cached_codes(dataset, bits), bu.output_folder("data/results", profile) / "runs.csv"
+    start = bu.ADAPTERS / ("one_step" if variant == "whole_split" else "literacy") / "adapter_model.safetensors"
+    if variant == "whole_split" and not start.exists():
+        return print(f"{name}: left out, for {start.parent} is not there; python notebooks/adapters.py long makes it")
+    made_from = (codes.users, codes.items, repr(profile), variant, fmt, bu.VARIANTS, bu.TEMPLATES, start.read_bytes())
+    row = {"run": name, "profile": profile.name, "made_from": bu.fingerprint(*made_from)}
+    if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
+        return print(f"{name}: there already", flush=True)
+    model, tokenizer, style, tuning = load(dataset, codes, profile, variant, fmt)
+    began = time.perf_counter()
+    prompts = work(partial(bu.score, model, tokenizer), style, codes)
+    seconds = (time.perf_counter() - began) / len(prompts)
+    pair = [] if style == "text" else [bu.FORMATS[fmt](codes.users[0]), bu.FORMATS[fmt](codes.items[0])]
+    row |= {"variant": variant, "format": fmt if pair else "", "bits": bits if pair else "", "seed": 0}
+    row |= {"tuning_seconds": round(tuning, 1), "prompts": len(prompts), "seconds_per_prompt": round(seconds, 4)}
+    row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
+    row["code_tokens"] = sum(len(tokenizer(text).input_ids) for text in pair)
+    bu.put_row(path, row, ["run", "profile"])
+    print(f"{name}: {len(prompts):,} prompts in {seconds * len(prompts):.0f} s", flush=True)
+
+
+def sampled(dataset, profile, split="test", share=1):
+    """The rows asked about; those of a smaller share are among those of a larger one. Of valid a quarter as many."""
+    n = int(profile.eval_rows * share)
+    return bu.sample_rows(dataset.test, n) if split == "test" else bu.sample_rows(dataset.valid, n // 4, seed=1)
+
+
+def keep(profile, split, name, rows, p):
+    """Put `p`, the answers on `rows`, into column `name` of the profile's scores; the other columns stay."""
+    path = bu.output_folder("data/results", profile) / f"scores-{profile.name}-{split}.csv"
+    table = pd.DataFrame({name: np.round(p, 6)}, index=rows.index.rename("row"))
+    if path.exists():
+        table = bu.read_scores(path).drop(columns=name, errors="ignore").join(table, how="outer")
+    with bu.replacing(path) as part:
+        table.to_csv(part)
+
+
+def answer(name, dataset, profile):
+    """One of RUNS on the sampled rows of valid and test."""
+    variant, fmt, bits, share = RUNS[name]
+
+    def work(ask, style, codes):
+        asked = []
+        for split in ("valid", "test"):
+            rows = sampled(dataset, profile, split, share)
+            prompts = bu.build_prompts(dataset, rows, codes, style, fmt)
+            keep(profile, split, name, rows, ask(prompts))
+            asked += prompts
+        return asked
+
+    make(name, dataset, profile, work, variant, fmt, bits)
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+def shuffled(ids, seed=0):
+    """A dict that gives every id in `ids` another one of them."""
+    order = np.random.default_rng(seed).permutation(np.unique(ids))
+    return dict(zip(order, np.roll(order, 1)))
+
+
+def other_code(dataset, rows, codes, style):
+    """Each user with another test user's code, all else as it was."""
+    other, users = shuffled(rows.user), codes.users.copy()
+    users[list(other)] = codes.users[list(other.values())]
+    return bu.build_prompts(dataset, rows, bu.Codes(users, codes.items), style)
+
+
+def random_codes(dataset, rows, codes, style):
+    draw = np.random.default_rng(0).integers
+    made_up = bu.Codes(*(draw(0, 2, side.shape, dtype=np.uint8) for side in (codes.users, codes.items)))
+    return bu.build_prompts(dataset, rows, made_up, style)
+
+
+def other_likes(dataset, rows, codes, style):
+    """Each user's code beside what another test user had liked by then."""
+    other, users = shuffled(rows.user), codes.users.copy()
+    users[list(other.values())] = codes.users[list(other)]
+    moved = rows.assign(user=rows.user.map(other))
+    return bu.build_prompts(dataset, moved, bu.Codes(users, codes.items), style)
+
+
+def other_title(dataset, rows, codes, style):
+    """Each film's code beside another film's title."""
+    other, items = shuffled(rows.item), codes.items.copy()
+    items[list(other.values())] = codes.items[list(other)]
+    return bu.build_prompts(dataset, rows.assign(item=rows.item.map(other)), bu.Codes(codes.users, items), style)
+
+
+def reworded(old, new):
+    """Prompts in which `new` stands for `old`."""
+
+    def build(dataset, rows, codes, style):
+        prompts = bu.build_prompts(dataset, rows, codes, style)
+        if not all(old in prompt for prompt in prompts):
+            raise ValueError(
+                f"a prompt of style {style!r} does not hold {old!r}; reword this control with the template"
+            )
+        return [prompt.replace(old, new) for prompt in prompts]
+
+    return build
+
+
+def likes_as_of(when):
+    """Prompts that show what was liked before `when(dataset, rows)` and nothing later."""
+
+    def build(dataset, rows, codes, style):
+        return bu.build_prompts(dataset, rows.assign(timestamp=when(dataset, rows)), codes, style)
+
+    return build
+
+
+# What is changed in the prompt of the best reader, on an eighth of the test rows.
+CONTROLS = {
+    "another user's code": other_code,
+    "random codes": random_codes,
+    "another user's likes": other_likes,
+    "another film's title": other_title,
+    "No or Yes": reworded('"Yes" or "No"', '"No" or "Yes"'),
+    "hate": reworded("Would the user enjoy", "Would the user hate"),
+    "likes up to the end of training": likes_as_of(lambda dataset, rows: dataset.train.timestamp.max() + 1),
+    "likes of earlier days": likes_as_of(lambda dataset, rows: rows.timestamp // DAY * DAY),
+}
+
+
+def control(name, dataset, profile):
+    """The best reader on prompts of which one thing is not as it should be."""
+    rows = sampled(dataset, profile, share=1 / 8)
+
+    def work(ask, style, codes):
+        prompts = CONTROLS[name](dataset, rows, codes, style)
+        keep(profile, "test", f"control: {name}", rows, ask(prompts))
+        return prompts
+
+    make(f"control: {name}", dataset, profile, work, reader(profile))
+
+
+def flips(dataset, profile):
+    """P(Yes) of the best reader for some test rows, and for the same with each bit of the user's code turned over."""
+    rows = sampled(dataset, profile).head(profile.eval_rows // 50)
+
+    def work(ask, style, codes):
+        parts = []
+        for bit in (None, *range(codes.bits)):
+            users = codes.users.copy()
+            if bit is not None:
+                users[:, bit] ^= 1
+            prompts = bu.build_prompts(dataset, rows, bu.Codes(users, codes.items), style)
+            similarity = bu.hamming_similarity(users[rows.user], codes.items[rows.item])
+            parts.append(pd.DataFrame({"row": rows.index, "bit": bit, "similarity": similarity, "prompt": prompts}))
+        table = pd.concat(parts, ignore_index=True).astype({"bit": "Int64"})
+        prompts = table.pop("prompt").to_list()
+        table["p"] = ask(prompts).round(6)
+        with bu.replacing(bu.output_folder("data/results", profile) / f"flips-{profile.name}.csv") as part:
+            table.to_csv(part, index=False)
+        return prompts
+
+    make("flips", dataset, profile, work, reader(profile))
+
+
+# ------------------------------------------------------------------------------------------------------------- ranking
+def candidates(dataset, n_users, per_user=50, seed=0):
+    """Films to rank: of each of `n_users` test users what they liked in the test months, filled up to `per_user`.
+
+    The others are drawn from the films the user never rated. `timestamp` is that of the user's first test row: no
+    prompt shows a later like. A DataFrame as `Dataset.test`, at most half of a user's rows liked.
+    """
+    rng, parts = np.random.default_rng(seed), []
+    liked = dataset.test[dataset.test.label == 1].groupby("user").item.agg(list)
+    rated, first = dataset.log.groupby("user").item.agg(set), dataset.test.groupby("user").timestamp.min()
+    for user in rng.permutation(liked.index)[:n_users]:
+        films = rng.permutation(liked[user])[: per_user // 2]
+        unseen = np.setdiff1d(np.arange(dataset.n_items), list(rated[user]))
+        items = np.concatenate([films, rng.choice(unseen, per_user - len(films), replace=False)])
+        label = (np.arange(per_user) < len(films)).astype(int)
+        parts.append(pd.DataFrame({"user": user, "item": items, "label": label, "timestamp": first[user]}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def ranking(dataset, profile):
+    """P(Yes) of `candidates` by the LLM without codes and by the best reader, beside scores that need no LLM."""
+    table = candidates(dataset, max(2, profile.eval_rows // 50))
+
+    def work(ask, style, codes):
+        table["popularity"] = bu.popularity_baseline(dataset, table)
+        table["codes"] = bu.hamming_similarity(codes.users[table.user], codes.items[table.item])
+        prompts = bu.build_prompts(dataset, table, codes, style)
+        table[reader(profile)] = ask(prompts)
+        model, tokenizer, style, _ = load(dataset, codes, profile, "text")
+        table["text"] = bu.score(model, tokenizer, bu.build_prompts(dataset, table, style=style))
+        shown = table.drop(columns=["item", "timestamp"]).round(6)  # the ratings themselves may not be passed on
+        with bu.replacing(bu.output_folder("data/results", profile) / f"ranking-{profile.name}.csv") as part:
+            shown.to_csv(part, index=False)
+        return prompts
+
+    make("ranking", dataset, profile, work, reader(profile))
+
+
+def main(wanted):
+    if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
+        os.environ["BINLLM_PROFILE"] = "patient"
+    profile, dataset = bu.current_profile(), bu.load_ml1m()
+    runs = {name: partial(answer, name) for name in RUNS}
+    runs |= {f"control: {name}": partial(control, name) for name in CONTROLS} | {"flips": flips, "ranking": ranking}
+    chosen = [name for name in runs if name.startswith(tuple(wanted or [""]))]
+    if not chosen:
+        sys.exit(f"no run begins with {' or '.join(wanted)}; there are {', '.join(runs)}")
+    for name in chosen:
+        runs[name](dataset, profile)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,150 @@
+"""The script that asks every LLM about the same rows: what it keeps, what it makes again, what its controls change."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_questions import load_script
+
+import binllm_utils as bu
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(bu, "CACHE", tmp_path)
+    return load_script("results")
+
+
+SMOKE = bu.PROFILES["smoke"]
+
+
+def test_answers_of_several_runs_stand_side_by_side(toy, results, tmp_path):
+    few, more = toy.test.iloc[[3, 5]], toy.test.iloc[[5, 3, 9]]
+    results.keep(SMOKE, "test", "a", few, np.array([0.1, 0.2]))
+    results.keep(SMOKE, "test", "b", more, np.array([0.5, 0.3, 0.9]))
+    results.keep(SMOKE, "test", "a", few, np.array([0.15, 0.25]))  # made again: takes the place of the first
+    table = bu.read_scores(tmp_path / "smoke/data/results/scores-smoke-test.csv")
+    assert table.index.tolist() == [3, 5, 9]
+    assert table.loc[[3, 5], "a"].tolist() == [0.15, 0.25] and np.isnan(table.a[9])
+    assert table.b.tolist() == [0.3, 0.5, 0.9]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,b\n1,2\n", "not scores; its columns must be `row`"),
+        ("row,a\n1,x\n", "not scores; its columns must be `row`"),
+        ("row,a\n4,.5\n4,.6\n", r"line 3: row 4 is there twice; drop one"),
+        ("row,a\n4,.5\n,.6\n", r"line 3: row nan is not the place of a row"),
+        ("row,a,b\n4,.5,.5\n7,.5,1.5\n", r"line 3: row 7 holds an answer not from 0 to 1"),
+    ],
+)
+def test_damaged_scores_are_named(tmp_path, text, message):
+    path = tmp_path / "scores.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"scores\.csv.*{message}"):
+        bu.read_scores(path)
+
+
+def test_missing_scores_name_the_command(tmp_path):
+    with pytest.raises(OSError, match=r"none\.csv is not there; python notebooks/results\.py makes it"):
+        bu.read_scores(tmp_path / "none.csv")
+
+
+def test_damaged_scores_are_kept_when_new_ones_come(toy, results, tmp_path):
+    path = tmp_path / "smoke/data/results/scores-smoke-test.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("row,a\n4,.5\n4,.6\n")
+    with pytest.raises(ValueError, match="twice"):
+        results.keep(SMOKE, "test", "b", toy.test, np.zeros(len(toy.test)))
+    assert path.read_text() == "row,a\n4,.5\n4,.6\n"
+
+
+def test_a_run_is_made_once_and_again_when_its_codes_change(llm, toy, toy_codes, results, tmp_path, monkeypatch):
+    tokenizer, asked, codes = llm[1], [], [toy_codes]
+    monkeypatch.setattr(bu, "cached_codes", lambda dataset, bits: codes[0])
+    monkeypatch.setattr(
+        bu, "score", lambda model, tokenizer, prompts: asked.append(prompts) or np.full(len(prompts), 0.5)
+    )
+    monkeypatch.setattr(results, "load", lambda *_: (None, tokenizer, "codes", 3.0))
+    results.answer("codes_only", toy, SMOKE)
+    assert len(asked) == 2  # valid and test
+    results.answer("codes_only", toy, SMOKE)
+    assert len(asked) == 2
+    row = pd.read_csv(tmp_path / "smoke/data/results/runs.csv").iloc[0]
+    assert row.code_tokens == 32 and row.prompts == sum(map(len, asked)) and row.tokens > row.code_tokens
+    codes[0] = bu.Codes(1 - toy_codes.users, toy_codes.items)
+    results.answer("codes_only", toy, SMOKE)
+    assert len(asked) == 4 and len(pd.read_csv(tmp_path / "smoke/data/results/runs.csv")) == 1
+
+
+def test_smaller_samples_are_parts_of_larger_ones(ml1m, results):
+    patient = bu.PROFILES["patient"]
+    whole, part = (results.sampled(ml1m, patient, share=share) for share in (1, 1 / 8))
+    assert len(whole) == 2000 and len(part) == 250 and set(part.index) < set(whole.index)
+
+
+def fields(prompt):
+    """(titles liked, the film's title, user code, item code) read out of a prompt with the codes side by side."""
+    likes, title, user, item = re.search(
+        r"following movies: (.*)\. Would .* titled (.*)\? Answer.* User (\d+) movie (\d+) alike", prompt
+    ).groups()
+    return likes, title, user, item
+
+
+@pytest.mark.parametrize(
+    "name, changed, most",
+    [
+        ("another user's code", "user", 0),
+        ("another user's likes", "likes", 0.1),
+        ("another film's title", "title", 0),
+        ("likes up to the end of training", "likes", 0.5),
+        ("likes of earlier days", "likes", 0.9),
+    ],
+)
+def test_a_control_changes_one_thing(ml1m, results, name, changed, most):
+    """most: the share of prompts in which even that may be as it was, such as those of users who had liked nothing."""
+    rows = bu.sample_rows(ml1m.test, 200)
+    rng = np.random.default_rng(0)  # codes of which no two are the same
+    codes = bu.Codes(*(rng.integers(0, 2, (n, 32), dtype=np.uint8) for n in (ml1m.n_users, ml1m.n_items)))
+    before = pd.DataFrame(map(fields, bu.build_prompts(ml1m, rows, codes, "side by side")))
+    after = pd.DataFrame(map(fields, results.CONTROLS[name](ml1m, rows, codes, "side by side")))
+    before.columns = after.columns = ["likes", "title", "user", "item"]
+    same = (before == after).mean()
+    assert same.drop(changed).eq(1).all()
+    assert same[changed] <= most
+
+
+def test_likes_of_earlier_days_show_no_like_of_that_day(ml1m, results):
+    rows = bu.sample_rows(ml1m.test, 100)
+    codes = bu.cached_codes(ml1m)
+    log = ml1m.log[ml1m.log.label == 1]
+    for prompt, row in zip(
+        results.CONTROLS["likes of earlier days"](ml1m, rows, codes, "side by side"), rows.itertuples()
+    ):
+        today = log[(log.user == row.user) & (log.timestamp // 86400 == row.timestamp // 86400)].item
+        assert not any(f'"{ml1m.titles[item]}"' in fields(prompt)[0] for item in today)
+
+
+def test_rewording_fails_when_the_template_has_other_words(toy, toy_codes, results):
+    with pytest.raises(ValueError, match="does not hold 'Would the user enjoy'"):
+        results.CONTROLS["hate"](toy, toy.test, toy_codes, "codes")
+
+
+def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
+    table = results.candidates(ml1m, 12, per_user=20)
+    assert table.user.nunique() == 12 and (table.groupby("user").size() == 20).all()
+    assert not table.duplicated(["user", "item"]).any()
+    for user, films in table.groupby("user"):
+        test = ml1m.test[ml1m.test.user == user]
+        assert set(films.item[films.label == 1]) <= set(test.item[test.label == 1])
+        assert 1 <= films.label.sum() <= 10
+        assert not set(films.item[films.label == 0]) & set(ml1m.log.item[ml1m.log.user == user])
+        assert (films.timestamp == test.timestamp.min()).all()
+    assert table.equals(results.candidates(ml1m, 12, per_user=20))
+
+
+def test_an_unknown_run_is_named(results):
+    with pytest.raises(SystemExit, match="no run begins with nothing; there are whole_split, text"):
+        results.main(["nothing"])
