@@ -1,7 +1,7 @@
 """Ask every tuned LLM about the same rows and keep its answers in data/results, for notebook 05 to evaluate.
 
 python notebooks/results.py                    every run there is: hours on two CPU cores
-python notebooks/results.py one_step control   those whose names begin so
+python notebooks/results.py one_step control   some, "control" being all of the controls
 
 It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
 again. Without a GPU the profile is `patient`; BINLLM_PROFILE chooses another. The files: scores-PROFILE-SPLIT.csv
@@ -263,11 +263,12 @@ def main(wanted):
     profile, dataset = bu.current_profile(), bu.load_ml1m()
     runs = {name: partial(answer, name) for name in RUNS}
     runs |= {f"control: {name}": partial(control, name) for name in CONTROLS} | {"flips": flips, "ranking": ranking}
-    chosen = [name for name in runs if name.startswith(tuple(wanted or [""]))]
-    if not chosen:
-        sys.exit(f"no run begins with {' or '.join(wanted)}; there are {', '.join(runs)}")
-    for name in chosen:
-        runs[name](dataset, profile)
+    unknown = set(wanted) - set(runs) - {"control"}
+    if unknown:
+        sys.exit(f"there is no run {unknown.pop()!r}; choose from control, {', '.join(runs)}")
+    for name in runs:
+        if not wanted or name in wanted or name.split(":")[0] in wanted:
+            runs[name](dataset, profile)
 
 
 if __name__ == "__main__":

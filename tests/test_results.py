@@ -146,5 +146,5 @@ def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
 
 
 def test_an_unknown_run_is_named(results):
-    with pytest.raises(SystemExit, match="no run begins with nothing; there are whole_split, text"):
+    with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, whole_split, text"):
         results.main(["nothing"])
