@@ -1138,7 +1138,8 @@ def answer_logit(model, batch, answers, past=None):
     """logit(Yes) - logit(No) after each token list of `batch`: float32 [len(batch)].
 
     Only the last position and two rows of the vocabulary are computed. Padding stands on the right, where causal
-    attention never looks, so no mask is needed. `past` is the key-value cache of one beginning that all lists go on.
+    attention never looks, so no mask is needed. `past` is the key-value cache of one beginning that all lists go on
+    from; it is used up.
     """
     device = next(model.parameters()).device
     lengths = torch.tensor([len(tokens) for tokens in batch])
@@ -1147,7 +1148,6 @@ def answer_logit(model, batch, answers, past=None):
         ids[row, : len(tokens)] = torch.tensor(tokens)
     options = {"use_cache": False}
     if past is not None:
-        past = copy.deepcopy(past)  # the model appends to it
         past.batch_repeat_interleave(len(batch))
         options = {"use_cache": True, "past_key_values": past}
     hidden = _causal_lm(model).get_decoder()(input_ids=ids.to(device), **options).last_hidden_state
@@ -1160,14 +1160,22 @@ def _causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _read(model, tokens):
+    """Key-value cache of a beginning; None for an empty one."""
+    if not tokens:
+        return None
+    ids = torch.tensor([tokens], device=model.device)
+    return _causal_lm(model).get_decoder()(input_ids=ids, use_cache=True).past_key_values
+
+
 def _by_prefix(ids, least=8):
-    """Positions in `ids` grouped by a beginning they share: a list of (number of shared tokens, positions).
+    """Positions of `ids`, a dict, grouped by a beginning they share: a list of (number of shared tokens, positions).
 
     Groups have `least` prompts or more that share at least half of their tokens, but never the last one; all other
     positions come in one group that shares nothing.
     """
     runs = []  # [shared tokens, most tokens, positions]
-    for position in sorted(range(len(ids)), key=ids.__getitem__):  # equal beginnings are neighbours now
+    for position in sorted(ids, key=ids.__getitem__):  # equal beginnings are neighbours now
         tokens = ids[position]
         if runs:
             shared, longest, run = runs[-1]
@@ -1194,14 +1202,10 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     model.eval()
     bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
     with _lora_merged(model, len(ids)), torch.inference_mode(), bar:
-        for shared, group in _by_prefix(ids):
-            past = None
-            if shared:
-                start = torch.tensor([ids[group[0]][:shared]], device=model.device)
-                past = _causal_lm(model).get_decoder()(input_ids=start, use_cache=True).past_key_values
-            rest = {i: ids[i][shared:] for i in group}
+        for shared, group in _by_prefix(dict(enumerate(ids))):
+            past, rest = _read(model, ids[group[0]][:shared]), {i: ids[i][shared:] for i in group}
             for batch in reversed(_split(group, rest, tokens)):  # longest first: if memory is short, it shows at once
-                logit = answer_logit(model, [rest[i] for i in batch], answers, past)
+                logit = answer_logit(model, [rest[i] for i in batch], answers, copy.deepcopy(past))
                 out[batch] = logit.double().sigmoid().cpu()
                 bar.update(len(batch))
     return out
@@ -1252,7 +1256,8 @@ def tune(
     """(model, learning curve): tune LoRA weights so that P(Yes) fits `labels` by binary cross-entropy.
 
     A plain `model` gets new LoRA matrices (`LORA`); one that has an adapter goes on training it, which is the second
-    step of two-step tuning. AdamW, gradients clipped at norm 1, linear warm-up over a tenth of the steps, then cosine.
+    step of two-step tuning. Prompts of a step that begin alike have their beginning read once. AdamW, gradients clipped
+    at norm 1, linear warm-up over a tenth of the steps, then cosine.
     labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
     valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
     one tuning ends, and the best weights are returned.
@@ -1294,9 +1299,10 @@ def tune(
                 group["lr"] = rate
             model.train()
             loss = 0.0
-            for part in _split(batch, ids, tokens):
+            for beginning, part in _training_parts(model, batch, ids, tokens):
                 with accelerator.autocast():
-                    logit = answer_logit(model, [ids[i] for i in part], answers)
+                    past = _read(model, beginning)  # anew for each part: the backward pass uses it up
+                    logit = answer_logit(model, [ids[i][len(beginning) :] for i in part], answers, past)
                 share = F.binary_cross_entropy_with_logits(logit, targets[part], reduction="sum") / len(batch)
                 accelerator.backward(share)
                 loss += share.item()
@@ -1347,6 +1353,18 @@ def _training_batches(ids, batch_size, epochs, seed, shuffle=True):
             pool = sorted(order[start : start + 16 * batch_size], key=lambda i: len(ids[i]))
             batches = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
             yield from (batches[i] for i in rng.permutation(len(batches)))
+
+
+def _training_parts(model, batch, ids, tokens):
+    """(beginning they share, positions) of each part of `batch` to pass through together, as `score` does.
+
+    Nothing is shared where activations are computed twice, for transformers then keeps no key-value cache.
+    """
+    whole = {i: ids[i] for i in batch}
+    for shared, group in [(0, batch)] if model.is_activation_checkpointing else _by_prefix(whole):
+        rest = {i: tokens_of[shared:] for i, tokens_of in whole.items()}
+        for part in _split(group, rest, tokens):
+            yield whole[group[0]][:shared], part
 
 
 def _warm_up_then_cosine(step, steps):

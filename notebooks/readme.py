@@ -20,8 +20,10 @@ METHODS = {
     ("codes", "so_far"): "ours, unseen users by their past so far",
     ("continuous", "ours"): "ours before the sign",
     ("llm", "text"): "LLM, titles only",
+    ("llm", "codes_only"): "LLM, codes only",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
+    ("llm", "whole_split"): "LLM, titles + codes, the shipped adapter",
 }
 
 
@@ -29,6 +31,22 @@ def markdown(header, rows):
     """A Markdown table of `rows` (lists of cells) under `header`."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def read_metrics(path):
+    """The rows of metrics.csv. Raises ValueError, naming file and line, for one that cannot be put into a table."""
+    metrics = pd.read_csv(path)
+    if list(metrics.columns) != bu.METRIC_COLUMNS:
+        raise ValueError(f"{path}: its columns are not those of this version; move it away and run make results")
+    unknown = [key not in METHODS for key in zip(metrics.model, metrics.variant.fillna(""))]
+    for bad, what in (
+        (metrics.duplicated(bu.METRIC_COLUMNS[:9]), "the same result is there twice; drop one"),
+        (metrics.seed.isna() & (metrics.model != "popularity"), "a {model} without its seed; run make results"),
+        (pd.Series(unknown, dtype=bool), "no method is called {model} {variant}; name it in METHODS of readme.py"),
+    ):
+        if bad.any():
+            raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**metrics.loc[bad.idxmax()])}")
+    return metrics
 
 
 def results_table(metrics):
@@ -92,9 +110,10 @@ def fill(text, name, table):
 def rendered():
     """The README with all tables made anew from the records that are there."""
     text, results = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "data" / "results"
-    for name, make in (("metrics", results_table), ("runtimes", runtimes_table), ("bench", bench_table)):
+    tables = {"metrics": (read_metrics, results_table), "runtimes": (pd.read_csv, runtimes_table)}
+    for name, (read, make) in (tables | {"bench": (pd.read_csv, bench_table)}).items():
         if (results / f"{name}.csv").exists():
-            text = fill(text, name, make(pd.read_csv(results / f"{name}.csv")))
+            text = fill(text, name, make(read(results / f"{name}.csv")))
     return text
 
 

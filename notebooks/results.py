@@ -4,7 +4,8 @@ python notebooks/results.py                    every run there is: hours on two 
 python notebooks/results.py one_step control   some, "control" being all of the controls
 
 It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
-again. Without a GPU the profile is `patient`; BINLLM_PROFILE chooses another. The files: scores-PROFILE-SPLIT.csv
+again. Without a GPU the profile is `patient` and the seed 0; with one it is `gpu` and the seeds are 0, 1 and 2.
+BINLLM_PROFILE chooses another profile. The files: scores-PROFILE-SPLIT.csv
 (P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv, ranking-PROFILE.csv, and runs.csv, which says
 how each was made.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,10 +40,10 @@ RUNS = {
 DAY = 24 * 60 * 60  # seconds
 
 
-def load(dataset, codes, profile, variant, fmt="bits"):
+def load(dataset, codes, profile, variant, fmt="bits", seed=0):
     """(model, tokenizer, style of its prompts, seconds of tuning) of one of VARIANTS, or of "whole_split"."""
     if variant != "whole_split":
-        model, tokenizer, curve = bu.tuned_llm(dataset, codes, profile, variant, fmt)
+        model, tokenizer, curve = bu.tuned_llm(dataset, codes, profile, variant, fmt, seed)
         return model, tokenizer, bu.VARIANTS[variant][0], curve.seconds.iloc[-1]
     model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
     model = bu.load_adapter(model, bu.ADAPTERS / "one_step")
@@ -55,7 +57,7 @@ def reader(profile):
     return "whole_split" if there and not (profile.llm or profile.layers) else "one_step"
 
 
-def make(name, dataset, profile, work, variant, fmt="bits", bits=32):
+def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
     """Make one run, unless runs.csv says that it was made from the same things, and note it there.
 
     work(ask, style, codes) asks, keeps the answers and returns all its prompts; ask(prompts) is `bu.score`.
@@ -68,12 +70,12 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32):
     row = {"run": name, "profile": profile.name, "made_from": bu.fingerprint(*made_from)}
     if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
         return print(f"{name}: there already", flush=True)
-    model, tokenizer, style, tuning = load(dataset, codes, profile, variant, fmt)
+    model, tokenizer, style, tuning = load(dataset, codes, profile, variant, fmt, seed)
     began = time.perf_counter()
     prompts = work(partial(bu.score, model, tokenizer), style, codes)
     seconds = (time.perf_counter() - began) / len(prompts)
     pair = [] if style == "text" else [bu.FORMATS[fmt](codes.users[0]), bu.FORMATS[fmt](codes.items[0])]
-    row |= {"variant": variant, "format": fmt if pair else "", "bits": bits if pair else "", "seed": 0}
+    row |= {"variant": variant, "format": fmt if pair else "", "bits": bits if pair else "", "seed": seed}
     row |= {"tuning_seconds": round(tuning, 1), "prompts": len(prompts), "seconds_per_prompt": round(seconds, 4)}
     row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
     row["code_tokens"] = sum(len(tokenizer(text).input_ids) for text in pair)
@@ -97,9 +99,10 @@ def keep(profile, split, name, rows, p):
         table.to_csv(part)
 
 
-def answer(name, dataset, profile):
-    """One of RUNS on the sampled rows of valid and test."""
-    variant, fmt, bits, share = RUNS[name]
+def answer(run, seed, dataset, profile):
+    """One of RUNS on the sampled rows of valid and test; `seed` draws the training rows and the new LoRA matrices."""
+    variant, fmt, bits, share = RUNS[run]
+    name = f"{run}, seed {seed}" if seed else run
 
     def work(ask, style, codes):
         asked = []
@@ -110,7 +113,7 @@ def answer(name, dataset, profile):
             asked += prompts
         return asked
 
-    make(name, dataset, profile, work, variant, fmt, bits)
+    make(name, dataset, profile, work, variant, fmt, bits, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ controls
@@ -261,7 +264,8 @@ def main(wanted):
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
     profile, dataset = bu.current_profile(), bu.load_ml1m()
-    runs = {name: partial(answer, name) for name in RUNS}
+    seeds = range(3 if torch.cuda.is_available() else 1)
+    runs = {f"{name}, seed {s}" if s else name: partial(answer, name, s) for s in seeds for name in RUNS}
     runs |= {f"control: {name}": partial(control, name) for name in CONTROLS} | {"flips": flips, "ranking": ranking}
     unknown = set(wanted) - set(runs) - {"control"}
     if unknown:

@@ -67,7 +67,7 @@ def test_shared_beginnings_are_read_once_and_change_no_score(llm, monkeypatch):
     shared = bu.score(model, tokenizer, prompts, progress=False)
     tokens = sum(read)
     read.clear()
-    monkeypatch.setattr(bu, "_by_prefix", lambda ids: [(0, list(range(len(ids))))])
+    monkeypatch.setattr(bu, "_by_prefix", lambda ids: [(0, list(ids))])
     whole = bu.score(model, tokenizer, prompts, progress=False)
     hook.remove()
     assert np.abs(shared - whole).max() < 1e-5 and np.ptp(whole) > 1e-4
@@ -76,7 +76,7 @@ def test_shared_beginnings_are_read_once_and_change_no_score(llm, monkeypatch):
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=60), st.integers(2, 8))
 def test_groups_hold_each_prompt_once_and_share_what_they_say(ids, least):
-    groups = bu._by_prefix(ids, least)
+    groups = bu._by_prefix(dict(enumerate(ids)), least)
     assert sorted(i for _, group in groups for i in group) == list(range(len(ids)))
     for shared, group in groups:
         assert all(ids[i][:shared] == ids[group[0]][:shared] and len(ids[i]) > shared for i in group)

@@ -71,6 +71,23 @@ def test_a_table_holds_what_the_record_says():
     assert readme.results_table(table).endswith("Made on a box.")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, r"line 3: the same result is there twice"),
+        ({"seed": ""}, r"line 3: a codes without its seed"),
+        ({"variant": "mine"}, r"line 3: no method is called codes mine"),
+    ],
+)
+def test_records_that_fit_no_table_are_named(smoke, change, message):
+    profile, path = smoke
+    bu.record(profile, **(ROW | NUMBERS))
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    pd.concat([table, table.assign(**change)]).to_csv(path, index=False)
+    with pytest.raises(ValueError, match=rf"metrics\.csv, {message}"):
+        readme.read_metrics(path)
+
+
 def test_a_failing_notebook_stays_as_it_was(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")

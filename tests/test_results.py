@@ -68,15 +68,17 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(llm, toy, toy_codes,
         bu, "score", lambda model, tokenizer, prompts: asked.append(prompts) or np.full(len(prompts), 0.5)
     )
     monkeypatch.setattr(results, "load", lambda *_: (None, tokenizer, "codes", 3.0))
-    results.answer("codes_only", toy, SMOKE)
+    results.answer("codes_only", 0, toy, SMOKE)
     assert len(asked) == 2  # valid and test
-    results.answer("codes_only", toy, SMOKE)
+    results.answer("codes_only", 0, toy, SMOKE)
     assert len(asked) == 2
     row = pd.read_csv(tmp_path / "smoke/data/results/runs.csv").iloc[0]
     assert row.code_tokens == 32 and row.prompts == sum(map(len, asked)) and row.tokens > row.code_tokens
     codes[0] = bu.Codes(1 - toy_codes.users, toy_codes.items)
-    results.answer("codes_only", toy, SMOKE)
+    results.answer("codes_only", 0, toy, SMOKE)
     assert len(asked) == 4 and len(pd.read_csv(tmp_path / "smoke/data/results/runs.csv")) == 1
+    results.answer("codes_only", 1, toy, SMOKE)
+    assert pd.read_csv(tmp_path / "smoke/data/results/runs.csv").seed.tolist() == [0, 1]
 
 
 def test_smaller_samples_are_parts_of_larger_ones(ml1m, results):
@@ -148,3 +150,16 @@ def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
 def test_an_unknown_run_is_named(results):
     with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, whole_split, text"):
         results.main(["nothing"])
+
+
+def test_the_committed_answers_can_be_read_and_say_how_they_were_made(ml1m, results):
+    folder = bu.ROOT / "data/results"
+    runs = pd.read_csv(folder / "runs.csv")
+    assert not runs.duplicated(["run", "profile"]).any() and runs[["hardware", "versions", "commit"]].notna().all(
+        axis=None
+    )
+    for split in ("valid", "test"):
+        table = bu.read_scores(folder / f"scores-patient-{split}.csv")
+        assert set(table) <= set(runs.run[runs.profile == "patient"])
+        asked = results.sampled(ml1m, bu.PROFILES["patient"], split)
+        assert table.index.equals(asked.index.sort_values())

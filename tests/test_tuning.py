@@ -1,6 +1,7 @@
 """Runs of `tune` that are killed, cut short or cannot be kept: what was reached is never lost."""
 
 import errno
+import functools
 import os
 import random
 import signal
@@ -189,6 +190,27 @@ def test_small_parts_have_the_gradient_of_the_whole_batch(llm, monkeypatch):
         fresh = bu.load_llm(layers=2)
         losses.append(bu.tune(*fresh, PROMPTS, LABELS, batch_size=4, lr=1e-2, epochs=3, progress=False)[1].loss)
     assert np.allclose(*losses, atol=1e-4) and np.ptp(losses[0]) > 1e-2
+
+
+def test_a_shared_beginning_is_read_once_and_changes_no_gradient(llm, monkeypatch):
+    """Half of the prompts begin alike; with the sharing switched off the run is the same but reads more tokens."""
+    long = "A user has given high ratings to many films, and here is a list of them that goes on and on. "
+    prompts = [long + prompt for prompt in PROMPTS] + PROMPTS
+    losses, read, real = [], [], bu.answer_logit
+
+    def counted(model, batch, *rest):
+        read[-1] += sum(map(len, batch))
+        return real(model, batch, *rest)
+
+    monkeypatch.setattr(bu, "answer_logit", counted)
+    by_prefix = bu._by_prefix
+    for least in (8, 100):
+        monkeypatch.setattr(bu, "_by_prefix", functools.partial(by_prefix, least=least))
+        read.append(0)
+        fresh = bu.load_llm(layers=2)
+        losses.append(bu.tune(*fresh, prompts, LABELS * 2, batch_size=16, lr=1e-2, epochs=4, progress=False)[1].loss)
+    assert np.allclose(*losses, atol=1e-4) and np.ptp(losses[0]) > 1e-2
+    assert read[0] < 0.6 * read[1]
 
 
 def test_the_cost_is_told_beforehand(llm, capsys):
