@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
+RECORDS = ROOT / "data" / "results"
 # Each course is one run of `tune`: (highest learning rate, lessons); the next goes on from its weights.
 # A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`. Short codes first, whole prompts last.
 COURSES = (
@@ -102,7 +103,7 @@ def exam(dataset, model, tokenizer, course):
         row = {"correlation": np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1], "auc": bu.auc(rows.label, p)}
         row["uauc"] = bu.uauc(rows.user, rows.label, p)[0]
         row = {name: round(float(value), 4) for name, value in row.items()}
-        bu.put_row(ROOT / "data/results/literacy.csv", key | row, list(key))
+        bu.put_row(RECORDS / "literacy.csv", key | row, list(key))
         print(f"course {course}, {name}: {row}", flush=True)
 
 
@@ -117,13 +118,14 @@ def long():
     """One-step tuning on the whole training split; data/adapters/one_step.
 
     Each chapter is a run of `tune` on the next rows of one random order, from the adapter of the chapter before. After
-    each the adapter is saved, with its valid AUC and the rows seen so far in its card: stop at any time and go on
-    later, even in a fresh clone.
+    each the adapter is saved, with the rows seen so far in its card, and how well it does on valid becomes a row of
+    data/results/long.csv: stop at any time and go on later, even in a fresh clone.
     """
     dataset, folder = bu.load_ml1m(), bu.ADAPTERS / "one_step"
     codes, (style, _, lr) = bu.cached_codes(dataset), bu.VARIANTS["one_step"]
     valid, order = bu.sample_rows(dataset.valid, 250, seed=1), dataset.train.sample(frac=1, random_state=0)
     asked = bu.build_prompts(dataset, valid, codes, style)
+    similarity = bu.hamming_similarity(codes.users[valid.user], codes.items[valid.item])
     model, tokenizer = bu.load_llm()
     chapters, curves = [], []
     if (folder / "card.json").exists():
@@ -135,9 +137,13 @@ def long():
         options = {"batch_size": 16, "lr": lr, "folder": bu.CACHE / "checkpoints" / f"long-{begin}"}
         model, curve = bu.tune(model, tokenizer, bu.build_prompts(dataset, rows, codes, style), rows.label, **options)
         curves.append(curve.assign(chapter=len(chapters)))
-        result = bu.evaluate(valid, bu.score(model, tokenizer, asked))
-        result |= {"rows": begin + len(rows), "seconds": round(curve.seconds.iloc[-1])}
+        p = bu.score(model, tokenizer, asked)
+        result = {"rows": begin + len(rows), "valid_rows": len(valid)} | bu.evaluate(valid, p)
+        result |= {"hamming_auc": round(bu.auc(valid.label, similarity), 4)}
+        result |= {"correlation": round(np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1], 4)}
+        result |= {"seconds": round(curve.seconds.iloc[-1])}
         chapters.append(result)
+        bu.put_row(RECORDS / "long.csv", result, ["rows"])
         print(f"{result['rows']:,} of {len(order):,} rows: AUC {result['auc']} on {len(valid)} valid rows", flush=True)
         card = {"what": "one_step on the training split", "llm": model.name_or_path, "chapters": chapters}
         card |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}

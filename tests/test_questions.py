@@ -6,6 +6,7 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
@@ -99,6 +100,7 @@ def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_p
     monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
     monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
     monkeypatch.setattr(script, "CHAPTER", -(-len(toy.train) // 3))
+    monkeypatch.setattr(script, "RECORDS", tmp_path)
     model, tokenizer = bu.load_llm()
     model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
     bu.save_adapter(model, tmp_path / "literacy", {}, curve)
@@ -119,3 +121,4 @@ def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_p
     assert sorted(seen[0] + seen[2] + seen[3]) == sorted(everything)
     card = json.loads((tmp_path / "one_step" / "card.json").read_text())
     assert card["chapters"][-1]["rows"] == len(toy.train) and len(card["chapters"]) == 3
+    assert pd.read_csv(tmp_path / "long.csv").rows.tolist() == [chapter["rows"] for chapter in card["chapters"]]
