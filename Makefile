@@ -12,14 +12,14 @@ test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	BINLLM_PROFILE=smoke $(BIN)/pytest tests
 	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 600 notebooks/02_*.ipynb notebooks/03_*.ipynb
-	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks/0[0145]_*.ipynb
+	BINLLM_PROFILE=smoke $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks/0[01456]_*.ipynb
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
 
 results: $(VENV)/installed ## rewrite data/results, and the figures and tables made from it; hours, goes on where it was
 	$(BIN)/python notebooks/results.py
-	$(BIN)/python notebooks/run.py 01 05 && $(BIN)/python notebooks/readme.py
+	$(BIN)/python notebooks/run.py 01 05 06 && $(BIN)/python notebooks/readme.py
 
 bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
