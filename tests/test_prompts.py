@@ -78,8 +78,8 @@ def test_bad_calls_are_named(toy, toy_codes):
         bu.build_prompts(toy, toy.test)
     with pytest.raises(ValueError, match=r"choose from \['text', 'codes', 'text\+codes', 'side by side'\]"):
         bu.build_prompts(toy, toy.test, toy_codes, style="poem")
-    with pytest.raises(ValueError, match=r"\['bits', 'dotted'\]"):
-        bu.build_prompts(toy, toy.test, toy_codes, fmt="hex")
+    with pytest.raises(ValueError, match=r"\['bits', 'dotted', 'hex'\]"):
+        bu.build_prompts(toy, toy.test, toy_codes, fmt="octal")
     few = bu.Codes(toy_codes.users[:5], toy_codes.items)
     with pytest.raises(ValueError, match=r"user \d+ has no code; codes hold 5 users"):
         bu.build_prompts(toy, toy.test, few)
