@@ -1360,11 +1360,10 @@ def _training_parts(model, batch, ids, tokens):
 
     Nothing is shared where activations are computed twice, for transformers then keeps no key-value cache.
     """
-    whole = {i: ids[i] for i in batch}
-    for shared, group in [(0, batch)] if model.is_activation_checkpointing else _by_prefix(whole):
-        rest = {i: tokens_of[shared:] for i, tokens_of in whole.items()}
-        for part in _split(group, rest, tokens):
-            yield whole[group[0]][:shared], part
+    groups = [(0, batch)] if model.is_activation_checkpointing else _by_prefix({i: ids[i] for i in batch})
+    for shared, group in groups:
+        for part in _split(group, {i: ids[i][shared:] for i in group}, tokens):
+            yield ids[group[0]][:shared], part
 
 
 def _warm_up_then_cosine(step, steps):

@@ -100,11 +100,16 @@ def exam(dataset, model, tokenizer, course):
     scores |= {name: bu.score(model, tokenizer, asked) for name, asked in prompts.items()}
     for name, p in scores.items():
         key = {"after_course": course, "prompt": name, "split": "valid", "rows": len(rows)}
-        row = {"correlation": np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1], "auc": bu.auc(rows.label, p)}
+        row = {"correlation": correlation(p, similarity), "auc": bu.auc(rows.label, p)}
         row["uauc"] = bu.uauc(rows.user, rows.label, p)[0]
         row = {name: round(float(value), 4) for name, value in row.items()}
         bu.put_row(RECORDS / "literacy.csv", key | row, list(key))
         print(f"course {course}, {name}: {row}", flush=True)
+
+
+def correlation(p, similarity):
+    """How surely codes are read: correlation of logit(Yes) with the codes' Hamming similarity."""
+    return float(np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1])
 
 
 def lesson_name(where, bits, n, spread):
@@ -140,7 +145,7 @@ def long():
         p = bu.score(model, tokenizer, asked)
         result = {"rows": begin + len(rows), "valid_rows": len(valid)} | bu.evaluate(valid, p)
         result |= {"hamming_auc": round(bu.auc(valid.label, similarity), 4)}
-        result |= {"correlation": round(np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1], 4)}
+        result |= {"correlation": round(correlation(p, similarity), 4)}
         result |= {"seconds": round(curve.seconds.iloc[-1])}
         chapters.append(result)
         bu.put_row(RECORDS / "long.csv", result, ["rows"])

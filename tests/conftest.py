@@ -6,7 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("BINLLM_PROFILE", "smoke")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else each missing name costs half a minute of retries
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # the module, and the scripts beside the notebooks
 
 import numpy as np
 import pandas as pd

@@ -1,23 +1,16 @@
 """Made-up codes and questions about them, and the adapter that was taught by them."""
 
 import functools
-import importlib.util
 import json
 import re
 
+import adapters
 import numpy as np
 import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
 import binllm_utils as bu
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, bu.ROOT / "notebooks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_pairs_are_of_every_similarity():
@@ -58,7 +51,7 @@ def test_more_alike_is_more_likely_yes():
 
 @pytest.mark.parametrize("where", ["alike", "codes", "side by side", "text+codes"])
 def test_lessons_ask_about_the_codes_they_hold(ml1m, where):
-    prompts, labels = load_script("adapters").lesson(ml1m, where, 16, 60, 0.1, seed=4)
+    prompts, labels = adapters.lesson(ml1m, where, 16, 60, 0.1, seed=4)
     assert len(prompts) == len(labels) == 60 == len(set(prompts))
     for prompt, label in zip(prompts, labels):
         a, b = re.findall(r"\b[01]{16}\b", prompt)
@@ -82,7 +75,7 @@ def test_the_shipped_adapter_is_small_and_says_how_it_was_made():
     assert {name.split(".")[-3] for name in load_file(weights)} >= {"q_proj", "down_proj"}
     card = json.loads((folder / "card.json").read_text())
     assert card["llm"] == bu.SMOLLM2 and card["seconds"] > 0
-    assert card["courses"] == json.loads(json.dumps(load_script("adapters").COURSES))
+    assert card["courses"] == json.loads(json.dumps(adapters.COURSES))
 
 
 def test_another_llm_starts_plain(monkeypatch, llm):
@@ -94,13 +87,13 @@ def test_another_llm_starts_plain(monkeypatch, llm):
 
 
 def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_path, monkeypatch):
-    script, two_layers = load_script("adapters"), functools.partial(bu.load_llm, layers=2)
+    two_layers = functools.partial(bu.load_llm, layers=2)
     for name, value in (("CACHE", tmp_path / "cache"), ("ADAPTERS", tmp_path), ("load_llm", two_layers)):
         monkeypatch.setattr(bu, name, value)
     monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
     monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
-    monkeypatch.setattr(script, "CHAPTER", -(-len(toy.train) // 3))
-    monkeypatch.setattr(script, "RECORDS", tmp_path)
+    monkeypatch.setattr(adapters, "CHAPTER", -(-len(toy.train) // 3))
+    monkeypatch.setattr(adapters, "RECORDS", tmp_path)
     model, tokenizer = bu.load_llm()
     model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
     bu.save_adapter(model, tmp_path / "literacy", {}, curve)
@@ -114,8 +107,8 @@ def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_p
 
     monkeypatch.setattr(bu, "tune", stopped_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        script.long()
-    script.long()
+        adapters.long()
+    adapters.long()
     assert seen[1] == seen[2] and len(seen) == 4  # the chapter that was cut short comes again, then the last
     everything = bu.build_prompts(toy, toy.train, toy_codes, "side by side")
     assert sorted(seen[0] + seen[2] + seen[3]) == sorted(everything)

@@ -1,15 +1,11 @@
 """Records: rows replace what they repeat, foreign files are kept, and the README says what the records say."""
 
-import sys
-
 import pandas as pd
 import pytest
-
-import binllm_utils as bu
-
-sys.path.insert(0, str(bu.ROOT / "notebooks"))
 import readme
 import run
+
+import binllm_utils as bu
 
 ROW = {"dataset": "toy", "split": "test", "rows": 10, "model": "codes", "variant": "ours", "bits": 32, "seed": 0}
 NUMBERS = {"auc": 0.7, "auc_lo": 0.6, "auc_hi": 0.8, "uauc": 0.6, "uauc_lo": 0.5, "uauc_hi": 0.7, "users": 5}

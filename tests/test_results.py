@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from test_questions import load_script
+import results as script
 
 import binllm_utils as bu
 
@@ -13,7 +13,7 @@ import binllm_utils as bu
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(bu, "CACHE", tmp_path)
-    return load_script("results")
+    return script
 
 
 SMOKE = bu.PROFILES["smoke"]
