@@ -40,6 +40,7 @@ COURSES = (
             ("side by side", 32, 512, 0.1),
         ),
     ),
+    (5e-4, (("side by side", 32, 6144, 0.1),)),
 )
 BATCH = 32  # questions a step
 
@@ -48,21 +49,26 @@ def lesson(dataset, where, bits, n, spread, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
     where: a short question, or a style of the paper's prompt about a row of the training split, each with a user and a
-    film of its own; there are some 500 such rows.
+    film of its own; there are some 500 such rows. Where n is more than that, the questions of a step are about one row,
+    so that `tune` reads its titles once.
     """
     if where in bu.QUESTIONS:
         pairs = bu.code_pairs(n, bits, seed, spread)
         return short_questions(where, pairs.users, pairs.items), bu.alike(
             bu.hamming_similarity(pairs.users, pairs.items)
         )
-    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
-    if len(rows) < n:
-        raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
-    pairs = bu.code_pairs(dataset.n_users, bits, seed, spread)
-    items = bu.code_pairs(dataset.n_items, bits, seed + 1).items
-    items[rows.item] = pairs.items[rows.user]
-    prompts = bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where)
-    return prompts, bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item]))
+    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item")
+    a_row = 1 if n <= len(rows) else BATCH
+    rows, prompts, labels = rows.head(n // a_row), [], []
+    if len(rows) * a_row < n:
+        raise ValueError(f"{n:,} questions asked for, {len(rows)} rows of {a_row} questions each do not hold as many")
+    for draw in range(a_row):
+        pairs = bu.code_pairs(dataset.n_users, bits, seed + 100 * draw, spread)
+        items = bu.code_pairs(dataset.n_items, bits, seed + 100 * draw + 1).items
+        items[rows.item] = pairs.items[rows.user]
+        prompts.append(bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where))
+        labels.append(bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item])))
+    return list(itertools.chain(*zip(*prompts))), np.stack(labels, axis=1).ravel()
 
 
 def short_questions(kind, users, items):
@@ -71,22 +77,33 @@ def short_questions(kind, users, items):
 
 
 def literacy():
-    """LoRA weights that read codes, learned on made-up ones alone; data/adapters/literacy."""
-    dataset = bu.load_ml1m()
+    """LoRA weights that read codes, learned on made-up ones alone; data/adapters/literacy.
+
+    After each course the adapter is saved, with the courses so far in its card: run again, it goes on with the next.
+    """
+    dataset, folder = bu.load_ml1m(), bu.ADAPTERS / "literacy"
     model, tokenizer = bu.load_llm()
-    curves, seeds = [], itertools.count()
-    for place, (lr, lessons) in enumerate(COURSES, 1):
+    courses, curves, seconds = json.loads(json.dumps(COURSES)), [], 0
+    done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []
+    if done != courses[: len(done)]:
+        sys.exit(f"{folder} was taught other courses than COURSES; delete it to teach these")
+    if done:
+        model, curves = bu.load_adapter(model, folder), [pd.read_csv(folder / "curve.csv")]
+        seconds = curves[0].groupby("course").seconds.max().sum()
+    seeds = itertools.count(sum(len(lessons) for _, lessons in done))
+    for place in range(len(done) + 1, len(COURSES) + 1):
+        lr, lessons = COURSES[place - 1]
         parts = [dict(zip(("prompt", "label"), lesson(dataset, *what, next(seeds)))) for what in lessons]
         asked = pd.concat([pd.DataFrame(part).assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
         options = {"batch_size": BATCH, "lr": lr, "shuffle": False}
         options["folder"] = bu.CACHE / "checkpoints" / f"literacy-{place}"
         model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
+        seconds += curve.seconds.iloc[-1]
         curves.append(curve.assign(course=place, lesson=asked.lesson.to_list()[::BATCH]))
         exam(dataset, model, tokenizer, place)
-    card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": COURSES}
-    card |= {"seconds": round(sum(curve.seconds.iloc[-1] for curve in curves)), "hardware": bu.hardware()}
-    card |= {"versions": bu.versions(), "commit": bu.commit()}
-    bu.save_adapter(model, bu.ADAPTERS / "literacy", card, pd.concat(curves))
+        card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
+        card |= {"seconds": round(seconds), "hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
+        bu.save_adapter(model, folder, card, pd.concat(curves))
 
 
 def exam(dataset, model, tokenizer, course):
