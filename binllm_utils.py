@@ -926,7 +926,7 @@ def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", fai
     """One prompt a row, ready for the LLM to answer " Yes" or " No" (paper, Section 3.1 and Table 4).
 
     style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", or "side by side"
-    (the same, with the codes at the end, as in QUESTIONS["alike"]); fmt: one of FORMATS. `rows` needs columns
+    (the same, with the codes at the end, as in ALIKE); fmt: one of FORMATS. `rows` needs columns
     `user, item, timestamp`; the titles shown are the user's last ten likes before it.
     faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, and "unkow" for
     an empty history. (Its literal "<s>" in front is LLaMA's start token and belongs to that tokenizer.)
@@ -954,12 +954,8 @@ def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", fai
     return prompts
 
 
-# Questions about two codes whose answers are known, so that there is no end of them: see `code_questions`.
-QUESTIONS = {
-    "alike": "User {a} movie {b} alike?\n#Answer:",
-    "equal": "User {a} movie {b} equal?\n#Answer:",
-    "and": "User {a} and movie {b} is {c}?\n#Answer:",
-}
+# A question about two codes of which there is no end: `code_pairs` makes the codes, `alike` the answers.
+ALIKE = "User {a} movie {b} alike?\n#Answer:"
 
 
 def code_pairs(n, bits, seed=0, spread=None):
@@ -982,27 +978,6 @@ def alike(similarity):
     A share of Yes for each question tells a small model more than a bare Yes or No: it learns in fewer steps.
     """
     return 1 / (1 + np.exp(-10 * (np.asarray(similarity) - 0.5)))
-
-
-def code_questions(kind, n, bits, fmt="bits", seed=0):
-    """(prompts, labels) of one kind of QUESTIONS on random codes, written as `fmt`; half of the answers are Yes.
-
-    alike: do more than half of the bits agree? (never just half) equal: are all bits equal, where else one differs?
-    and: is c the bitwise AND of both, where else one of its bits is wrong?
-    """
-    rng = np.random.default_rng([seed, 1])
-    pairs, label = code_pairs(4 * n, bits, seed), rng.integers(0, 2, 4 * n)
-    a, b, flip = pairs.users, pairs.items, np.eye(bits, dtype=np.uint8)[rng.integers(0, bits, 4 * n)]
-    if kind == "alike":
-        similarity = hamming_similarity(a, b)
-        label = (similarity > 0.5).astype(int)
-        a, b, label, flip = (x[similarity != 0.5] for x in (a, b, label, flip))
-    elif kind == "equal":
-        b = a ^ flip * (1 - label[:, None]).astype(np.uint8)
-    c = (a & b) ^ flip * (1 - label[:, None]).astype(np.uint8)
-    keep = np.sort(np.concatenate([np.flatnonzero(label == side)[: n // 2] for side in (0, 1)]))
-    texts = [[FORMATS[fmt](row) for row in code[keep]] for code in (a, b, c)]
-    return [QUESTIONS[kind].format(a=x, b=y, c=z) for x, y, z in zip(*texts)], label[keep]
 
 
 # ---------------------------------------------------------------------------------------------------------------- LLM

@@ -1,7 +1,8 @@
 """Train what takes longer than a notebook should, and keep it in data/adapters.
 
 python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
-python notebooks/adapters.py long        tune on the whole training split, chapter by chapter: some eight hours
+python notebooks/adapters.py long        tune on the training split, chapter by chapter, until valid says stop: half an
+                                         hour as things are, some eight hours if it went to the end
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -40,7 +41,6 @@ COURSES = (
             ("side by side", 32, 512, 0.1),
         ),
     ),
-    (5e-4, (("side by side", 32, 6144, 0.1),)),
 )
 BATCH = 32  # questions a step
 
@@ -48,32 +48,25 @@ BATCH = 32  # questions a step
 def lesson(dataset, where, bits, n, spread, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
-    where: a short question, or a style of the paper's prompt about a row of the training split, each with a user and a
-    film of its own; there are some 500 such rows. Where n is more than that, the questions of a step are about one row,
-    so that `tune` reads its titles once.
+    where: "alike" for `bu.ALIKE` alone, or a style of the paper's prompt about a row of the training split, each with a
+    user and a film of its own; there are some 500 such rows.
     """
-    if where in bu.QUESTIONS:
+    if where == "alike":
         pairs = bu.code_pairs(n, bits, seed, spread)
-        return short_questions(where, pairs.users, pairs.items), bu.alike(
-            bu.hamming_similarity(pairs.users, pairs.items)
-        )
-    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item")
-    a_row = 1 if n <= len(rows) else BATCH
-    rows, prompts, labels = rows.head(n // a_row), [], []
-    if len(rows) * a_row < n:
-        raise ValueError(f"{n:,} questions asked for, {len(rows)} rows of {a_row} questions each do not hold as many")
-    for draw in range(a_row):
-        pairs = bu.code_pairs(dataset.n_users, bits, seed + 100 * draw, spread)
-        items = bu.code_pairs(dataset.n_items, bits, seed + 100 * draw + 1).items
-        items[rows.item] = pairs.items[rows.user]
-        prompts.append(bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where))
-        labels.append(bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item])))
-    return list(itertools.chain(*zip(*prompts))), np.stack(labels, axis=1).ravel()
+        return short_questions(pairs.users, pairs.items), bu.alike(bu.hamming_similarity(pairs.users, pairs.items))
+    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
+    if len(rows) < n:
+        raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
+    pairs = bu.code_pairs(dataset.n_users, bits, seed, spread)
+    items = bu.code_pairs(dataset.n_items, bits, seed + 1).items
+    items[rows.item] = pairs.items[rows.user]
+    prompts = bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where)
+    return prompts, bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item]))
 
 
-def short_questions(kind, users, items):
-    """One of QUESTIONS about each user's and item's code, 0/1 arrays [n, bits]."""
-    return [bu.QUESTIONS[kind].format(a=bu.to_bits(a), b=bu.to_bits(b)) for a, b in zip(users, items)]
+def short_questions(users, items):
+    """`bu.ALIKE` about each user's and item's code, 0/1 arrays [n, bits]."""
+    return [bu.ALIKE.format(a=bu.to_bits(a), b=bu.to_bits(b)) for a, b in zip(users, items)]
 
 
 def literacy():
@@ -112,7 +105,7 @@ def exam(dataset, model, tokenizer, course):
     sides = codes.users[rows.user], codes.items[rows.item]
     similarity = bu.hamming_similarity(*sides)
     scores = {"Hamming similarity itself": bu.alike(similarity)}
-    prompts = {"alike": short_questions("alike", *sides)}
+    prompts = {"alike": short_questions(*sides)}
     prompts |= {style: bu.build_prompts(dataset, rows, codes, style) for style in ("side by side", "text+codes")}
     scores |= {name: bu.score(model, tokenizer, asked) for name, asked in prompts.items()}
     for name, p in scores.items():
@@ -133,43 +126,45 @@ def lesson_name(where, bits, n, spread):
     return f"{where}, {bits} bits" + (", near one half" if spread else "")
 
 
-CHAPTER = 2048  # rows
+CHAPTER = 512  # rows
+PATIENCE = 1  # chapters without a better one, after which the run ends
 
 
 def long():
-    """One-step tuning on the whole training split; data/adapters/one_step.
+    """One-step tuning through the training split until valid says stop; data/adapters/one_step.
 
-    Each chapter is a run of `tune` on the next rows of one random order, from the adapter of the chapter before. After
-    each the adapter is saved, with the rows seen so far in its card, and how well it does on valid becomes a row of
-    data/results/long.csv: stop at any time and go on later, even in a fresh clone.
+    Each chapter is a run of `tune` on the next rows of one random order, from the weights of the chapter before. After
+    each, how well it does on valid becomes a row of data/results/long.csv; the best chapter's adapter is the one kept.
     """
-    dataset, folder = bu.load_ml1m(), bu.ADAPTERS / "one_step"
+    dataset = bu.load_ml1m()
     codes, (style, _, lr) = bu.cached_codes(dataset), bu.VARIANTS["one_step"]
     valid, order = bu.sample_rows(dataset.valid, 250, seed=1), dataset.train.sample(frac=1, random_state=0)
     asked = bu.build_prompts(dataset, valid, codes, style)
     similarity = bu.hamming_similarity(codes.users[valid.user], codes.items[valid.item])
     model, tokenizer = bu.load_llm()
+    model = bu.load_adapter(model, bu.ADAPTERS / "literacy")
     chapters, curves = [], []
-    if (folder / "card.json").exists():
-        chapters = json.loads((folder / "card.json").read_text())["chapters"]
-        curves = [pd.read_csv(folder / "curve.csv")]
-    model = bu.load_adapter(model, folder if chapters else bu.ADAPTERS / "literacy")
-    for begin in range(CHAPTER * len(chapters), len(order), CHAPTER):
+    for begin in range(0, len(order), CHAPTER):
         rows = order.iloc[begin : begin + CHAPTER]
         options = {"batch_size": 16, "lr": lr, "folder": bu.CACHE / "checkpoints" / f"long-{begin}"}
         model, curve = bu.tune(model, tokenizer, bu.build_prompts(dataset, rows, codes, style), rows.label, **options)
         curves.append(curve.assign(chapter=len(chapters)))
         p = bu.score(model, tokenizer, asked)
-        result = {"rows": begin + len(rows), "valid_rows": len(valid)} | bu.evaluate(valid, p)
+        result = {"rows": begin + len(rows), "chapter_rows": CHAPTER, "valid_rows": len(valid)} | bu.evaluate(valid, p)
         result |= {"hamming_auc": round(bu.auc(valid.label, similarity), 4)}
         result |= {"correlation": round(correlation(p, similarity), 4)}
         result |= {"seconds": round(curve.seconds.iloc[-1])}
         chapters.append(result)
-        bu.put_row(RECORDS / "long.csv", result, ["rows"])
+        bu.put_row(RECORDS / "long.csv", result, ["rows", "chapter_rows"])
         print(f"{result['rows']:,} of {len(order):,} rows: AUC {result['auc']} on {len(valid)} valid rows", flush=True)
-        card = {"what": "one_step on the training split", "llm": model.name_or_path, "chapters": chapters}
-        card |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
-        bu.save_adapter(model, folder, card, pd.concat(curves))
+        best = int(np.argmax([chapter["auc"] for chapter in chapters]))
+        if best == len(chapters) - 1:
+            card = {"what": "one_step, the chapters before valid says stop", "llm": model.name_or_path}
+            card |= {"chapters": chapters, "hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
+            bu.save_adapter(model, bu.ADAPTERS / "one_step", card, pd.concat(curves))
+        elif len(chapters) - 1 - best >= PATIENCE:
+            print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")
+            break
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ METHODS = {
     ("llm", "codes_only"): "LLM, codes only",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
-    ("llm", "whole_split"): "LLM, titles + codes, the shipped adapter",
+    ("llm", "long"): "LLM, titles + codes, the long run",
 }
 
 

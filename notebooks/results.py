@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
-# name: variant, code format, bits, share of the profile's test rows. "whole_split" is what `adapters.py long` made.
+# name: variant, code format, bits, share of the profile's test rows (ALL: every row of the test split, whatever the
+# profile). "long" is the adapter that `adapters.py long` made.
+ALL = None
 RUNS = {
-    "whole_split": ("whole_split", "bits", 32, 1),
     "text": ("text", "bits", 32, 1),
     "one_step": ("one_step", "bits", 32, 1),
     "codes_only": ("codes_only", "bits", 32, 1 / 2),
@@ -36,13 +37,14 @@ RUNS = {
     "one_step hex": ("one_step", "hex", 32, 1 / 4),
     "one_step 16 bits": ("one_step", "bits", 16, 1 / 4),
     "one_step 64 bits": ("one_step", "bits", 64, 1 / 4),
+    "long": ("long", "bits", 32, ALL),
 }
 DAY = 24 * 60 * 60  # seconds
 
 
 def load(dataset, codes, profile, variant, fmt="bits", seed=0):
-    """(model, tokenizer, style of its prompts, seconds of tuning) of one of VARIANTS, or of "whole_split"."""
-    if variant != "whole_split":
+    """(model, tokenizer, style of its prompts, seconds of tuning) of one of VARIANTS, or of "long"."""
+    if variant != "long":
         model, tokenizer, curve = bu.tuned_llm(dataset, codes, profile, variant, fmt, seed)
         return model, tokenizer, bu.VARIANTS[variant][0], curve.seconds.iloc[-1]
     model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
@@ -51,21 +53,17 @@ def load(dataset, codes, profile, variant, fmt="bits", seed=0):
     return model, tokenizer, bu.VARIANTS["one_step"][0], seconds
 
 
-def reader(profile):
-    """The variant that reads codes best: whole_split where its adapter is there and fits the profile's LLM."""
-    there = (bu.ADAPTERS / "one_step" / "card.json").exists()
-    return "whole_split" if there and not (profile.llm or profile.layers) else "one_step"
-
-
 def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
     """Make one run, unless runs.csv says that it was made from the same things, and note it there.
 
     work(ask, style, codes) asks, keeps the answers and returns all its prompts; ask(prompts) is `bu.score`.
     """
     codes, path = bu.cached_codes(dataset, bits), bu.output_folder("data/results", profile) / "runs.csv"
-    start = bu.ADAPTERS / ("one_step" if variant == "whole_split" else "literacy") / "adapter_model.safetensors"
-    if variant == "whole_split" and not start.exists():
+    start = bu.ADAPTERS / ("one_step" if variant == "long" else "literacy") / "adapter_model.safetensors"
+    if variant == "long" and not start.exists():
         return print(f"{name}: left out, for {start.parent} is not there; python notebooks/adapters.py long makes it")
+    if variant == "long" and (profile.llm or profile.layers):
+        return print(f"{name}: left out, for {start.parent} was made for another LLM than that of {profile.name}")
     made_from = (codes.users, codes.items, repr(profile), variant, fmt, bu.VARIANTS, bu.TEMPLATES, start.read_bytes())
     row = {"run": name, "profile": profile.name, "made_from": bu.fingerprint(*made_from)}
     if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
@@ -85,8 +83,9 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
 
 def sampled(dataset, profile, split="test", share=1):
     """The rows asked about; those of a smaller share are among those of a larger one. Of valid a quarter as many."""
-    n = int(profile.eval_rows * share)
-    return bu.sample_rows(dataset.test, n) if split == "test" else bu.sample_rows(dataset.valid, n // 4, seed=1)
+    if split == "test":
+        return dataset.test if share is ALL else bu.sample_rows(dataset.test, int(profile.eval_rows * share))
+    return bu.sample_rows(dataset.valid, int(profile.eval_rows * (share or 1)) // 4, seed=1)
 
 
 def keep(profile, split, name, rows, p):
@@ -174,7 +173,7 @@ def likes_as_of(when):
     return build
 
 
-# What is changed in the prompt of the best reader, on an eighth of the test rows.
+# What is changed in the prompt of the model tuned in one step, on an eighth of the test rows.
 CONTROLS = {
     "another user's code": other_code,
     "random codes": random_codes,
@@ -188,7 +187,7 @@ CONTROLS = {
 
 
 def control(name, dataset, profile):
-    """The best reader on prompts of which one thing is not as it should be."""
+    """The model tuned in one step on prompts of which one thing is not as it should be."""
     rows = sampled(dataset, profile, share=1 / 8)
 
     def work(ask, style, codes):
@@ -196,11 +195,11 @@ def control(name, dataset, profile):
         keep(profile, "test", f"control: {name}", rows, ask(prompts))
         return prompts
 
-    make(f"control: {name}", dataset, profile, work, reader(profile))
+    make(f"control: {name}", dataset, profile, work, "one_step")
 
 
 def flips(dataset, profile):
-    """P(Yes) of the best reader for some test rows, and for the same with each bit of the user's code turned over."""
+    """P(Yes) of the model tuned in one step for some test rows, and again with each bit of the user's code flipped."""
     rows = sampled(dataset, profile).head(profile.eval_rows // 50)
 
     def work(ask, style, codes):
@@ -219,7 +218,7 @@ def flips(dataset, profile):
             table.to_csv(part, index=False)
         return prompts
 
-    make("flips", dataset, profile, work, reader(profile))
+    make("flips", dataset, profile, work, "one_step")
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking
@@ -242,14 +241,14 @@ def candidates(dataset, n_users, per_user=50, seed=0):
 
 
 def ranking(dataset, profile):
-    """P(Yes) of `candidates` by the LLM without codes and by the best reader, beside scores that need no LLM."""
+    """P(Yes) of `candidates` by the LLM tuned without and with codes, beside scores that need no LLM."""
     table = candidates(dataset, max(2, profile.eval_rows // 50))
 
     def work(ask, style, codes):
         table["popularity"] = bu.popularity_baseline(dataset, table)
         table["codes"] = bu.hamming_similarity(codes.users[table.user], codes.items[table.item])
         prompts = bu.build_prompts(dataset, table, codes, style)
-        table[reader(profile)] = ask(prompts)
+        table["one_step"] = ask(prompts)
         model, tokenizer, style, _ = load(dataset, codes, profile, "text")
         table["text"] = bu.score(model, tokenizer, bu.build_prompts(dataset, table, style=style))
         shown = table.drop(columns=["item", "timestamp"]).round(6)  # the ratings themselves may not be passed on
@@ -257,7 +256,7 @@ def ranking(dataset, profile):
             shown.to_csv(part, index=False)
         return prompts
 
-    make("ranking", dataset, profile, work, reader(profile))
+    make("ranking", dataset, profile, work, "one_step")
 
 
 def main(wanted):
@@ -265,7 +264,8 @@ def main(wanted):
         os.environ["BINLLM_PROFILE"] = "patient"
     profile, dataset = bu.current_profile(), bu.load_ml1m()
     seeds = range(3 if torch.cuda.is_available() else 1)
-    runs = {f"{name}, seed {s}" if s else name: partial(answer, name, s) for s in seeds for name in RUNS}
+    named = [(name, s) for s in seeds for name in RUNS if s == 0 or name != "long"]  # of that one there is one only
+    runs = {f"{name}, seed {s}" if s else name: partial(answer, name, s) for name, s in named}
     runs |= {f"control: {name}": partial(control, name) for name in CONTROLS} | {"flips": flips, "ranking": ranking}
     unknown = set(wanted) - set(runs) - {"control"}
     if unknown:

@@ -53,7 +53,7 @@ def test_side_by_side_ends_in_the_question_of_the_lessons(three):
     dataset, rows, codes = three
     for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, "side by side")):
         a, b = bu.to_bits(codes.users[row.user]), bu.to_bits(codes.items[row.item])
-        assert text.endswith(' "No". ' + bu.QUESTIONS["alike"].format(a=a, b=b))
+        assert text.endswith(' "No". ' + bu.ALIKE.format(a=a, b=b))
         assert f'titled "{dataset.titles[row.item].strip()}"?' in text
 
 

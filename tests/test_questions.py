@@ -26,24 +26,6 @@ def test_pairs_are_of_every_similarity():
     assert similarity.std() == pytest.approx((0.1**2 + of_bits) ** 0.5, abs=0.005)
 
 
-@pytest.mark.parametrize("kind", bu.QUESTIONS)
-@pytest.mark.parametrize("fmt", ["bits", "dotted"])
-def test_answers_are_right_by_another_way(kind, fmt):
-    """Read the codes back out of the questions and work the answers out with Python's integers."""
-    questions, labels = bu.code_questions(kind, 200, 16, fmt, seed=3)
-    assert len(questions) == len(labels) == 200 and labels.sum() == 100
-    value = {"bits": lambda text: int(text, 2), "dotted": lambda text: int(bu.to_bits(bu.from_dotted(text)), 2)}[fmt]
-    near = 0
-    for question, label in zip(questions, labels):
-        a, b, *c = (value(text) for text in re.findall(r"[0-9.]+", question))
-        same = 16 - (a ^ b).bit_count()
-        answer = {"alike": same > 8, "equal": a == b, "and": bool(c) and c[0] == a & b}[kind]
-        assert answer == label, question
-        wrong = {"alike": 0, "equal": (a ^ b).bit_count(), "and": (c[0] ^ (a & b)).bit_count() if c else 0}[kind]
-        near += kind != "alike" and wrong == 1 - label
-    assert near == (0 if kind == "alike" else 200)  # a wrong one is wrong in one bit
-
-
 def test_more_alike_is_more_likely_yes():
     taught = bu.alike(np.linspace(0, 1, 11))
     assert (np.diff(taught) > 0).all() and taught[5] == 0.5 and taught[0] == pytest.approx(1 - taught[10])
@@ -61,7 +43,9 @@ def test_lessons_ask_about_the_codes_they_hold(ml1m, where):
 
 def test_the_shipped_adapter_reads_codes_it_has_never_seen():
     """The whole model: it tells 8 bits that are alike from those that are not; the untuned one cannot."""
-    questions, labels = bu.code_questions("alike", 60, 8, seed=99)
+    pairs = bu.code_pairs(60, 8, seed=99)
+    questions = adapters.short_questions(pairs.users, pairs.items)
+    labels = bu.hamming_similarity(pairs.users, pairs.items) > 0.5
     plain, tokenizer = bu.load_llm()
     assert bu.auc(labels, bu.score(plain, tokenizer, questions, progress=False)) < 0.75
     literate, _, start = bu.literate_llm(bu.PROFILES["cpu"])
@@ -86,17 +70,88 @@ def test_another_llm_starts_plain(monkeypatch, llm):
     assert bu.literate_llm(bu.PROFILES["cpu"])[2] is None
 
 
-def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_path, monkeypatch):
-    two_layers = functools.partial(bu.load_llm, layers=2)
+@pytest.fixture
+def in_small(toy, toy_codes, tmp_path, monkeypatch):
+    """The script on toy data and two layers, every file of it under tmp_path."""
+    two_layers, converted = functools.partial(bu.load_llm, layers=2), bu._smollm2_folder()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / converted.name).symlink_to(converted)
     for name, value in (("CACHE", tmp_path / "cache"), ("ADAPTERS", tmp_path), ("load_llm", two_layers)):
         monkeypatch.setattr(bu, name, value)
     monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
     monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
-    monkeypatch.setattr(adapters, "CHAPTER", -(-len(toy.train) // 3))
     monkeypatch.setattr(adapters, "RECORDS", tmp_path)
+    return tmp_path
+
+
+def saved_weights(folder):
+    return np.concatenate(
+        [tensor.numpy().ravel() for tensor in load_file(folder / "adapter_model.safetensors").values()]
+    )
+
+
+def test_literacy_goes_on_after_the_last_whole_course(in_small, monkeypatch):
+    courses = ((1e-3, (("alike", 8, 64, None),)), (5e-4, (("alike", 8, 64, 0.1),)), (5e-4, (("alike", 16, 64, 0.1),)))
+    monkeypatch.setattr(adapters, "COURSES", courses[:1])
+    adapters.literacy()
+    first = saved_weights(in_small / "literacy")
+    monkeypatch.setattr(adapters, "COURSES", courses)
+    taught, tune = [], bu.tune
+
+    def noted(model, tokenizer, prompts, *rest, **options):
+        lora = [p.detach().numpy().ravel() for name, p in model.named_parameters() if "lora_" in name]
+        start = np.concatenate([np.zeros(0), *lora])
+        taught.append((list(prompts), np.sort(start)))
+        return tune(model, tokenizer, prompts, *rest, **options)
+
+    monkeypatch.setattr(bu, "tune", noted)
+    monkeypatch.setattr(adapters, "exam", lambda *_: None)
+    adapters.literacy()
+    assert len(taught) == 2 and np.array_equal(taught[0][1], np.sort(first))  # on from the first, not over again
+    card = json.loads((in_small / "literacy" / "card.json").read_text())
+    assert card["courses"] == json.loads(json.dumps(courses))
+    assert pd.read_csv(in_small / "literacy" / "curve.csv").course.tolist() == [1, 1, 2, 2, 3, 3]
+    whole = [taught[0][0], taught[1][0]]
+    (in_small / "literacy" / "card.json").unlink()
+    taught.clear()
+    adapters.literacy()
+    assert [prompts for prompts, _ in taught[1:]] == whole  # the same lessons as without the break
+    monkeypatch.setattr(adapters, "COURSES", courses[1:])
+    with pytest.raises(SystemExit, match="was taught other courses than COURSES; delete it"):
+        adapters.literacy()
+
+
+def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_small, toy, toy_codes, monkeypatch):
     model, tokenizer = bu.load_llm()
     model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
-    bu.save_adapter(model, tmp_path / "literacy", {}, curve)
+    bu.save_adapter(model, in_small / "literacy", {}, curve)
+    monkeypatch.setattr(adapters, "CHAPTER", 16)
+    quality, weights = iter([0.2, 0.9, 0.5, 0.8]), []
+
+    def judged(model, tokenizer, prompts):
+        """Answers whose AUC on valid is as asked for, near enough; the weights asked are kept."""
+        weights.append(
+            np.concatenate([p.detach().numpy().ravel() for n, p in model.named_parameters() if "lora_" in n])
+        )
+        label, noise = valid.label.to_numpy(), np.random.default_rng(len(weights)).random(len(valid))
+        return 0.1 + 0.8 * np.where(noise < next(quality), label, 1 - label)
+
+    valid = bu.sample_rows(toy.valid, 250, seed=1)
+    monkeypatch.setattr(bu, "score", judged)
+    adapters.long()
+    record = pd.read_csv(in_small / "long.csv")
+    assert record.rows.tolist() == [16, 32, 48] and record.auc.argmax() == 1  # the fourth is not begun
+    assert np.array_equal(np.sort(saved_weights(in_small / "one_step")), np.sort(weights[1]))
+    card = json.loads((in_small / "one_step" / "card.json").read_text())
+    assert [chapter["rows"] for chapter in card["chapters"]] == [16, 32]
+
+
+def test_the_long_run_reads_each_training_row_once(in_small, toy, toy_codes, monkeypatch):
+    model, tokenizer = bu.load_llm()
+    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
+    bu.save_adapter(model, in_small / "literacy", {}, curve)
+    monkeypatch.setattr(adapters, "CHAPTER", -(-len(toy.train) // 3))
+    monkeypatch.setattr(adapters, "PATIENCE", 3)
     seen, tune = [], bu.tune
 
     def stopped_in_the_second(model, tokenizer, prompts, labels, **options):
@@ -109,9 +164,7 @@ def test_the_long_run_goes_on_after_the_last_whole_chapter(toy, toy_codes, tmp_p
     with pytest.raises(KeyboardInterrupt):
         adapters.long()
     adapters.long()
-    assert seen[1] == seen[2] and len(seen) == 4  # the chapter that was cut short comes again, then the last
+    assert seen[0] == seen[2] and seen[1] == seen[3] and len(seen) == 5  # the first is read back from its checkpoint
     everything = bu.build_prompts(toy, toy.train, toy_codes, "side by side")
-    assert sorted(seen[0] + seen[2] + seen[3]) == sorted(everything)
-    card = json.loads((tmp_path / "one_step" / "card.json").read_text())
-    assert card["chapters"][-1]["rows"] == len(toy.train) and len(card["chapters"]) == 3
-    assert pd.read_csv(tmp_path / "long.csv").rows.tolist() == [chapter["rows"] for chapter in card["chapters"]]
+    assert sorted(seen[2] + seen[3] + seen[4]) == sorted(everything)
+    assert pd.read_csv(in_small / "long.csv").rows.iloc[-1] == len(toy.train)

@@ -85,6 +85,8 @@ def test_smaller_samples_are_parts_of_larger_ones(ml1m, results):
     patient = bu.PROFILES["patient"]
     whole, part = (results.sampled(ml1m, patient, share=share) for share in (1, 1 / 8))
     assert len(whole) == 2000 and len(part) == 250 and set(part.index) < set(whole.index)
+    assert results.sampled(ml1m, patient, share=results.ALL) is ml1m.test
+    assert len(results.sampled(ml1m, patient, "valid", results.ALL)) == 500
 
 
 def fields(prompt):
@@ -148,7 +150,7 @@ def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
 
 
 def test_an_unknown_run_is_named(results):
-    with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, whole_split, text"):
+    with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, text, one_step"):
         results.main(["nothing"])
 
 
@@ -161,5 +163,6 @@ def test_the_committed_answers_can_be_read_and_say_how_they_were_made(ml1m, resu
     for split in ("valid", "test"):
         table = bu.read_scores(folder / f"scores-patient-{split}.csv")
         assert set(table) <= set(runs.run[runs.profile == "patient"])
-        asked = results.sampled(ml1m, bu.PROFILES["patient"], split)
-        assert table.index.equals(asked.index.sort_values())
+        for run in set(table) & set(results.RUNS):
+            asked = results.sampled(ml1m, bu.PROFILES["patient"], split, results.RUNS[run][3])
+            assert table[run].dropna().index.equals(asked.index.sort_values()), run
