@@ -25,7 +25,7 @@ bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python notebooks/readme.py
 
-adapters: $(VENV)/installed ## train what data/adapters holds, for hours; goes on where it was stopped
+adapters: $(VENV)/installed ## train what data/adapters holds, two hours; goes on where it was stopped
 	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py long
 
 clean:                     ## forget data, models and adapters that can be fetched or made again

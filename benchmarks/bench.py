@@ -2,11 +2,13 @@
 
 python benchmarks/bench.py               all of them, about a quarter of an hour on two CPU cores
 python benchmarks/bench.py uauc score    some
+python benchmarks/bench.py qlora         4-bit QLoRA of a model of 7 billion weights, on a GPU only; 20 GB of disk
 
 Both sides run in one go, taking turns, and must give the same result; the ratio is that of the medians.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
 PEER_BATCH = 64  # as the reference code evaluates
+SMALL_CARD = 12 * 2**30  # bytes: what a free Colab GPU leaves for the model
 COLUMNS = "bench ours peer unit ratio peer_name peer_version hardware versions commit runs".split()
 
 
@@ -157,20 +160,23 @@ def our_scores(model, tokenizer, prompts):
     return bu.score(model, tokenizer, prompts, progress=False)
 
 
-def our_tuning(model, tokenizer, prompts):
+def our_tuning(model, tokenizer, prompts, batch_size=8):
     """Tune on `prompts`, every second answer Yes; nothing is returned that the peer's could be compared with."""
-    bu.tune(model, tokenizer, prompts, np.arange(len(prompts)) % 2, lr=1e-4, progress=False)
+    labels = np.arange(len(prompts)) % 2
+    bu.tune(model, tokenizer, prompts, labels, batch_size=batch_size, lr=1e-4, progress=False)
 
 
-def trl_tuning(model, tokenizer, prompts):
+def trl_tuning(model, tokenizer, prompts, batch_size=8):
     """The same rows, LoRA, precision and batch in TRL's SFTTrainer. Its loss is over the whole vocabulary."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     rows = {"prompt": prompts, "completion": [[" Yes", " No"][place % 2] for place in range(len(prompts))]}
-    options = dict(per_device_train_batch_size=8, num_train_epochs=1, learning_rate=1e-4, max_length=None)
-    options |= dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no")
+    options = dict(per_device_train_batch_size=batch_size, num_train_epochs=1, learning_rate=1e-4, max_length=None)
+    options |= dict(gradient_checkpointing=False, report_to="none", save_strategy="no")
+    half, cuda = bu.compute_dtype(), torch.cuda.is_available()
+    options |= dict(use_cpu=not cuda, bf16=half == torch.bfloat16, fp16=half == torch.float16)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(output_dir=folder, disable_tqdm=True, **options)
         parts = dict(train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
@@ -178,27 +184,41 @@ def trl_tuning(model, tokenizer, prompts):
 
 
 def child(work, prompts_file, out_file):
-    """Do one side's work in a process of its own, so that its peak memory is its own. Prints seconds and gigabytes."""
+    """Do one side's work in a process of its own, so that its peak memory is its own. Prints seconds and gigabytes.
+
+    The memory is that of the GPU where there is one; option `card` leaves so many bytes of it free and holds the rest.
+    """
     import resource
 
     work = {f.__name__: f for f in (our_scores, plain_scores, our_tuning, trl_tuning)}[work]
-    prompts = json.loads(Path(prompts_file).read_text())
+    prompts, options = json.loads(Path(prompts_file).read_text())
+    card, held = options.pop("card", None), torch.empty(0)
+    if card:
+        held = torch.empty(max(0, torch.cuda.mem_get_info()[0] - card), dtype=torch.uint8, device="cuda")
     model, tokenizer = bu.load_llm()
     our_scores(model, tokenizer, prompts[:2])  # warm up
     began = time.perf_counter()
-    scores = work(model, tokenizer, prompts)
+    scores = work(model, tokenizer, prompts, **options)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     if scores is not None:
         np.save(out_file, scores)
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if torch.cuda.is_available():
+        peak = (torch.cuda.max_memory_reserved() - held.nbytes) / 1e9
+    print(json.dumps([seconds, peak]))
 
 
-def in_children(ours, peer, prompts, runs=3):
-    """Both sides in processes of their own, in turn: [runs, (seconds per prompt, GB)] of each, and their results."""
-    measured = {ours: [], peer: []}
+def in_children(sides, prompts, runs=3, **options):
+    """Each side in processes of its own, in turn: [runs, (seconds per prompt, GB)] of each, then their results.
+
+    options: for the sides' functions, and `card` for `child`.
+    """
+    measured = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "prompts.json")
-        file.write_text(json.dumps(prompts))
+        file.write_text(json.dumps([prompts, options]))
         for _ in range(runs):
             for side in measured:
                 out_file = Path(folder, f"{side.__name__}.npy")
@@ -216,7 +236,7 @@ def some_prompts(n):
 
 def bench_score():
     """Prompts with titles and codes: prompts per second, and peak memory of the whole process."""
-    ours, plain, results = in_children(our_scores, plain_scores, some_prompts(128))
+    ours, plain, results = in_children((our_scores, plain_scores), some_prompts(128))
     gap = np.abs(results[0] - results[1]).max()
     assert gap < 1e-4, f"the scores differ by {gap}"
     peer = f"transformers: full logits, padded in the order given, {PEER_BATCH} a batch", version("transformers")
@@ -226,9 +246,17 @@ def bench_score():
 
 def bench_tune():
     """Prompts with titles and codes, 8 a step: seconds per prompt, and peak memory of the whole process."""
-    ours, trl, _ = in_children(our_tuning, trl_tuning, some_prompts(48))
+    ours, trl, _ = in_children((our_tuning, trl_tuning), some_prompts(48))
     note("tune", ours[:, 0], trl[:, 0], "s per prompt", "TRL SFTTrainer", version("trl"), 3)
     note("tune_memory", ours[:, 1], trl[:, 1], "GB at the peak", "TRL SFTTrainer", version("trl"), 3)
+
+
+def products(a, b):
+    """40 products of two matrices."""
+    for _ in range(40):
+        a @ b
+    if a.is_cuda:
+        torch.cuda.synchronize()
 
 
 def bench_roofline():
@@ -237,12 +265,7 @@ def bench_roofline():
     prompts = some_prompts(24)
     tokens = sum(map(len, bu.encode_prompts(model, tokenizer, prompts)))
     weights = sum(p.numel() for p in model.get_decoder().layers.parameters())
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-
-    def product():
-        for _ in range(40):
-            a @ b
-
+    product = partial(products, *torch.randn(2, 2048, 2048))
     our_scores(model, tokenizer, prompts[:4])
     # tuned beforehand, for on a plain model each run would put new LoRA matrices beside the old
     with_lora, _ = bu.tune(*bu.load_llm(), prompts[:4], [0, 1, 0, 1], progress=False)
@@ -252,6 +275,42 @@ def bench_roofline():
         ours, peak = per_weight * weights * tokens / np.array(ours) / 1e9, 40 * 2 * 2048**3 / np.array(peak) / 1e9
         peer = "float32 product of 2048 x 2048 on the same cores", version("torch")
         note(name, ours, peak, "GFLOP/s", *peer, 5, more_is_better=True)
+
+
+def random_llama(folder, **sizes):
+    """A Llama of random weights, by default of 7 billion, with SmolLM2's tokenizer, kept in `folder`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = bu.load_llm(layers=1, nf4=False)
+    sizes = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008) | sizes
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        LlamaForCausalLM._from_config(config, dtype=bu.compute_dtype()).save_pretrained(folder, max_shard_size="2GB")
+    tokenizer.save_pretrained(folder)
+
+
+def bench_qlora():
+    """4-bit QLoRA of 7 billion weights, 16 prompts of 320 tokens a step: speed, share of the peak, memory on 12 GiB."""
+    if not torch.cuda.is_available():
+        return print("qlora: left out, it needs a GPU")
+    rng, size = np.random.default_rng(0), 2**13
+    prompts = ["".join(map(str, rng.integers(0, 10, 320))) for _ in range(96)]  # one token a digit
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama(folder)
+        weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+        os.environ["BINLLM_LLM"] = folder
+        ours, trl, _ = in_children((our_tuning, trl_tuning), prompts, batch_size=16)
+        small, _ = in_children((our_tuning,), prompts, runs=1, batch_size=16, card=SMALL_CARD)
+        del os.environ["BINLLM_LLM"]
+    factors = torch.randn(2, size, size, dtype=bu.compute_dtype(), device="cuda")
+    _, seconds, _, _ = take_turns(lambda: None, partial(products, *factors), runs=5)
+    peer = "TRL SFTTrainer", version("trl")
+    note("qlora", ours[:, 0], trl[:, 0], "s per prompt", *peer, 3)
+    note("qlora_memory", small[:, 1], trl[:, 1], "GB at the peak, of 12 GiB given and of all", *peer, 1)
+    rate = 4 * weights * 320 / ours[:, 0] / 1e12
+    what = f"{bu.compute_dtype()} product of {size} x {size} on the same GPU", version("torch")
+    peak = 40 * 2 * size**3 / np.array(seconds) / 1e12
+    note("qlora_roofline", rate, peak, "TFLOP/s", *what, 3, more_is_better=True)
 
 
 def bench_candidates():
@@ -275,5 +334,6 @@ if __name__ == "__main__":
     else:
         benches = {"codes_fit": bench_codes_fit, "hamming": bench_hamming, "uauc": bench_uauc, "score": bench_score}
         benches |= {"candidates": bench_candidates, "tune": bench_tune, "roofline": bench_roofline}
+        benches |= {"qlora": bench_qlora}
         for name in sys.argv[1:] or benches:
             benches[name]()

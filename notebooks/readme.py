@@ -92,6 +92,9 @@ def bench_table(bench):
         "tune_memory": "memory while tuning",
         "score_roofline": "speed of scoring",
         "tune_roofline": "speed of tuning",
+        "qlora": "4-bit tuning of a 7B model on a GPU",
+        "qlora_memory": "memory of that",
+        "qlora_roofline": "speed of that",
     }
     rows = []
     for row in bench.itertuples():
