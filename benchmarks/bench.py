@@ -264,7 +264,7 @@ def bench_roofline():
     model, tokenizer = bu.load_llm()
     prompts = some_prompts(24)
     tokens = sum(map(len, bu.encode_prompts(model, tokenizer, prompts)))
-    weights = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    weights = layer_weights(model)
     product = partial(products, *torch.randn(2, 2048, 2048))
     our_scores(model, tokenizer, prompts[:4])
     # tuned beforehand, for on a plain model each run would put new LoRA matrices beside the old
@@ -278,15 +278,25 @@ def bench_roofline():
 
 
 def random_llama(folder, **sizes):
-    """A Llama of random weights, by default of 7 billion, with SmolLM2's tokenizer, kept in `folder`."""
+    """Keep a Llama of random weights, by default of 7 billion, with SmolLM2's tokenizer in `folder`.
+
+    Returns its `layer_weights`.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     _, tokenizer = bu.load_llm(layers=1, nf4=False)
     sizes = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008) | sizes
     config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        LlamaForCausalLM._from_config(config, dtype=bu.compute_dtype()).save_pretrained(folder, max_shard_size="2GB")
+        model = LlamaForCausalLM._from_config(config, dtype=bu.compute_dtype())
+    model.save_pretrained(folder, max_shard_size="2GB")
     tokenizer.save_pretrained(folder)
+    return layer_weights(model)
+
+
+def layer_weights(model):
+    """Number of weights outside the embeddings."""
+    return sum(p.numel() for p in model.get_decoder().layers.parameters())
 
 
 def bench_qlora():
@@ -296,8 +306,8 @@ def bench_qlora():
     rng, size = np.random.default_rng(0), 2**13
     prompts = ["".join(map(str, rng.integers(0, 10, 320))) for _ in range(96)]  # one token a digit
     with tempfile.TemporaryDirectory() as folder:
-        random_llama(folder)
-        weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+        weights = random_llama(folder)
+        torch.cuda.empty_cache()  # else this process keeps the memory that its children need
         os.environ["BINLLM_LLM"] = folder
         ours, trl, _ = in_children((our_tuning, trl_tuning), prompts, batch_size=16)
         small, _ = in_children((our_tuning,), prompts, runs=1, batch_size=16, card=SMALL_CARD)

@@ -84,30 +84,43 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
     return tmp_path
 
 
-def saved_weights(folder):
-    return np.concatenate(
-        [tensor.numpy().ravel() for tensor in load_file(folder / "adapter_model.safetensors").values()]
-    )
+@pytest.fixture
+def some_literacy(in_small):
+    """An adapter for `long` to start from."""
+    model, tokenizer = bu.load_llm()
+    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
+    bu.save_adapter(model, in_small / "literacy", {}, curve)
+
+
+def values(weights):
+    """All numbers of a dict of LoRA weights, sorted: saved ones go by other names than those of a model."""
+    return np.sort(np.concatenate([np.zeros(0), *(w.detach().numpy().ravel() for w in weights.values())]))
+
+
+def lora_values(model):
+    return values({name: p for name, p in model.named_parameters() if "lora_" in name})
+
+
+def saved_values(folder):
+    return values(load_file(folder / "adapter_model.safetensors"))
 
 
 def test_literacy_goes_on_after_the_last_whole_course(in_small, monkeypatch):
     courses = ((1e-3, (("alike", 8, 64, None),)), (5e-4, (("alike", 8, 64, 0.1),)), (5e-4, (("alike", 16, 64, 0.1),)))
     monkeypatch.setattr(adapters, "COURSES", courses[:1])
     adapters.literacy()
-    first = saved_weights(in_small / "literacy")
+    first = saved_values(in_small / "literacy")
     monkeypatch.setattr(adapters, "COURSES", courses)
     taught, tune = [], bu.tune
 
     def noted(model, tokenizer, prompts, *rest, **options):
-        lora = [p.detach().numpy().ravel() for name, p in model.named_parameters() if "lora_" in name]
-        start = np.concatenate([np.zeros(0), *lora])
-        taught.append((list(prompts), np.sort(start)))
+        taught.append((list(prompts), lora_values(model)))
         return tune(model, tokenizer, prompts, *rest, **options)
 
     monkeypatch.setattr(bu, "tune", noted)
     monkeypatch.setattr(adapters, "exam", lambda *_: None)
     adapters.literacy()
-    assert len(taught) == 2 and np.array_equal(taught[0][1], np.sort(first))  # on from the first, not over again
+    assert len(taught) == 2 and np.array_equal(taught[0][1], first)  # on from the first, not over again
     card = json.loads((in_small / "literacy" / "card.json").read_text())
     assert card["courses"] == json.loads(json.dumps(courses))
     assert pd.read_csv(in_small / "literacy" / "curve.csv").course.tolist() == [1, 1, 2, 2, 3, 3]
@@ -121,18 +134,13 @@ def test_literacy_goes_on_after_the_last_whole_course(in_small, monkeypatch):
         adapters.literacy()
 
 
-def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_small, toy, toy_codes, monkeypatch):
-    model, tokenizer = bu.load_llm()
-    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
-    bu.save_adapter(model, in_small / "literacy", {}, curve)
+def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_small, some_literacy, toy, monkeypatch):
     monkeypatch.setattr(adapters, "CHAPTER", 16)
     quality, weights = iter([0.2, 0.9, 0.5, 0.8]), []
 
     def judged(model, tokenizer, prompts):
         """Answers whose AUC on valid is as asked for, near enough; the weights asked are kept."""
-        weights.append(
-            np.concatenate([p.detach().numpy().ravel() for n, p in model.named_parameters() if "lora_" in n])
-        )
+        weights.append(lora_values(model))
         label, noise = valid.label.to_numpy(), np.random.default_rng(len(weights)).random(len(valid))
         return 0.1 + 0.8 * np.where(noise < next(quality), label, 1 - label)
 
@@ -141,15 +149,12 @@ def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_smal
     adapters.long()
     record = pd.read_csv(in_small / "long.csv")
     assert record.rows.tolist() == [16, 32, 48] and record.auc.argmax() == 1  # the fourth is not begun
-    assert np.array_equal(np.sort(saved_weights(in_small / "one_step")), np.sort(weights[1]))
+    assert np.array_equal(saved_values(in_small / "one_step"), weights[1])
     card = json.loads((in_small / "one_step" / "card.json").read_text())
     assert [chapter["rows"] for chapter in card["chapters"]] == [16, 32]
 
 
-def test_the_long_run_reads_each_training_row_once(in_small, toy, toy_codes, monkeypatch):
-    model, tokenizer = bu.load_llm()
-    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
-    bu.save_adapter(model, in_small / "literacy", {}, curve)
+def test_the_long_run_reads_each_training_row_once(in_small, some_literacy, toy, toy_codes, monkeypatch):
     monkeypatch.setattr(adapters, "CHAPTER", -(-len(toy.train) // 3))
     monkeypatch.setattr(adapters, "PATIENCE", 3)
     seen, tune = [], bu.tune
