@@ -17,10 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -382,6 +383,10 @@ class Codes:
     @property
     def bits(self):
         return self.users.shape[1]
+
+    def similarity(self, rows):
+        """Hamming similarity of the user's and the item's code in each of `rows`: float64; the score of codes alone."""
+        return hamming_similarity(self.users[rows.user], self.items[rows.item])
 
 
 def _check_bits(code, name="code"):
@@ -746,12 +751,25 @@ def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, see
     return model.codes(), curve
 
 
+def codes_so_far(model, dataset, rows, bits=32, seed=0):
+    """`Codes` with one code for each of `rows` in place of one a user: from all that its user had rated before it.
+
+    `fit_codes` with `fold_in`: model is the trained `HybridMF`, users of the result are [len(rows), bits], items are
+    all items as `fit_codes` has them, for the rows weigh nothing.
+    """
+    users, items = model.vectors()
+    now, weights = fold_in(model, dataset, rows), id_weights(dataset)
+    weights[0] = np.r_[weights[0], np.zeros(len(now))]
+    both = binarise(np.vstack([users, now]), items, bits, *weights, seed=seed)
+    return Codes(both.users[len(users) :], both.items)
+
+
 def fold_in(model, dataset, rows):
     """What a `HybridMF` thinks of each row's user after all interactions before the row: float32 [len(rows), dim + 2].
 
     The user's likes and dislikes strictly before the row's timestamp, in whichever split, are taken as data, the
     average user as the start, and the penalty is that of training (a few Newton steps on the regularised logistic
-    loss; items stay as they are). Put under the users' vectors with weight 0, `binarise` gives these rows codes.
+    loss; items stay as they are). `codes_so_far` makes codes of it.
     """
     items = model.vectors()[1].astype(np.float64)
     average = np.concatenate([model.taste.detach().numpy(), [0, 1]])
@@ -1696,6 +1714,33 @@ def commit():
     except (FileNotFoundError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+class PeakMemory(threading.Thread):
+    """`with PeakMemory() as memory:` watches this process and its children; `memory.gb` is the most they grew."""
+
+    def __enter__(self):
+        self.gb, self.over, self.before = 0.0, threading.Event(), self._used()
+        self.start()
+        return self
+
+    @staticmethod
+    def _used():
+        import psutil
+
+        used, own = 0, psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.Error):  # it has just ended
+                used += process.memory_info().rss
+        return used / 1e9
+
+    def run(self):
+        while not self.over.wait(0.1):
+            self.gb = max(self.gb, self._used() - self.before)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
 
 
 def output_folder(kind, profile):

@@ -98,7 +98,7 @@ def bench_codes_fit():
     def ours():
         """With binarisation, which the plain side leaves out; it gives UAUC as well, so we compute it as often."""
         codes, curve = bu.fit_codes(dataset, max_epochs=epochs, progress=False)
-        scores = bu.hamming_similarity(codes.users[dataset.valid.user], codes.items[dataset.valid.item])
+        scores = codes.similarity(dataset.valid)
         for _ in range(epochs):
             bu.uauc(dataset.valid.user, dataset.valid.label, scores)
         return curve.valid_auc.tolist()

@@ -54,7 +54,7 @@ def child(n):
     began = time.perf_counter()
     codes = bu.binarise(*model.vectors(), 32, *bu.id_weights(dataset))
     seconds = time.perf_counter() - began
-    match = bu.hamming_similarity(codes.users[dataset.test.user], codes.items[dataset.test.item])
+    match = codes.similarity(dataset.test)
     row = {"interactions": n, "users": dataset.n_users, "items": dataset.n_items}
     row |= {"seconds_per_epoch": round(float(np.median(epochs)), 2), "binarise_seconds": round(seconds, 2)}
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

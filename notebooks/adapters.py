@@ -140,7 +140,7 @@ def long():
     codes, (style, _, lr) = bu.cached_codes(dataset), bu.VARIANTS["one_step"]
     valid, order = bu.sample_rows(dataset.valid, 250, seed=1), dataset.train.sample(frac=1, random_state=0)
     asked = bu.build_prompts(dataset, valid, codes, style)
-    similarity = bu.hamming_similarity(codes.users[valid.user], codes.items[valid.item])
+    similarity = codes.similarity(valid)
     model, tokenizer = bu.load_llm()
     model = bu.load_adapter(model, bu.ADAPTERS / "literacy")
     chapters, curves = [], []

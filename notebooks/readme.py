@@ -24,6 +24,7 @@ METHODS = {
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
     ("llm", "long"): "LLM, titles + codes, the long run",
+    ("llm", "long_so_far"): "the same, unseen users by their past so far",
 }
 
 
@@ -58,7 +59,7 @@ def results_table(metrics):
     for _, seeds in metrics.groupby(["profile", "size", "place", "bits", "format"]):
         row = seeds.iloc[0]
         name = METHODS[row.model, row.variant] + (f", {row.bits} bits" if row.bits else "")
-        name += ", dotted" if row.format == "dotted" else ""
+        name += {"dotted": ", dotted", "hex": ", hexadecimal"}.get(row.format, "")
         cells = []
         for metric in ("auc", "uauc"):
             spread = f" ± {seeds[metric].std():.4f}" if len(seeds) > 1 else ""

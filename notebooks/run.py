@@ -8,12 +8,10 @@ Each run's minutes and peak memory become a row of data/results/runtimes.csv.
 """
 
 import sys
-import threading
 import time
 from pathlib import Path
 
 import nbformat
-import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
@@ -23,24 +21,6 @@ sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-class PeakMemory(threading.Thread):
-    """Watches the memory of this process's children (the notebook's kernel); `gb` is the most seen."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.gb, self.done = 0.0, threading.Event()
-
-    def run(self):
-        while not self.done.wait(0.25):
-            used = 0
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    used += child.memory_info().rss
-                except psutil.Error:  # it has just ended
-                    continue
-            self.gb = max(self.gb, used / 1e9)
 
 
 def tidy(notebook):
@@ -64,9 +44,8 @@ def execute(path):
     """Run one notebook and save it; returns (minutes, peak memory in GB). Ends the program if a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    memory, began = PeakMemory(), time.perf_counter()
-    memory.start()
-    with tqdm(total=cells, desc=path.stem, unit="cell", disable=None, leave=False) as bar:
+    began = time.perf_counter()
+    with bu.PeakMemory() as memory, tqdm(total=cells, desc=path.stem, unit="cell", disable=None, leave=False) as bar:
         where = {"metadata": {"path": str(path.parent)}}
         client = NotebookClient(notebook, timeout=None, resources=where, extra_arguments=["--log-level=40"])
         client.on_cell_executed = lambda **_: bar.update()
@@ -77,8 +56,6 @@ def execute(path):
             with bu.replacing(failed) as part:
                 nbformat.write(notebook, part)
             sys.exit(f"{path.name} failed and was left as it was; see {failed}\n{error}")
-        finally:
-            memory.done.set()
     tidy(notebook)
     with bu.replacing(path) as part:
         nbformat.write(notebook, part)

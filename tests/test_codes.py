@@ -98,7 +98,7 @@ def test_frozen_embeddings_stay_and_free_ones_move(toy):
         assert torch.equal(model.user.weight, start) == frozen
         assert not torch.equal(model.project_user.weight, before)
         codes = model.codes()  # the Hamming similarity must rank as the logits do
-        match = bu.hamming_similarity(codes.users[toy.test.user], codes.items[toy.test.item])
+        match = codes.similarity(toy.test)
         fits = model.scale.item() * (2 * match - 1) + model.offset.item()
         assert np.allclose(fits, bu.cf_scores(model, toy.test), atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_vectors_give_the_logits(toy):
 
 def test_codes_learn_the_pattern_and_repeat(toy):
     codes, curve = bu.fit_codes(toy, bits=16, seed=3, max_epochs=300, progress=False)
-    match = bu.hamming_similarity(codes.users[toy.test.user], codes.items[toy.test.item])
+    match = codes.similarity(toy.test)
     assert bu.auc(toy.test.label, match) > 0.75
     assert codes.users.shape == (20, 16) and codes.users.dtype == np.uint8
     again, _ = bu.fit_codes(toy, bits=16, seed=3, max_epochs=300, progress=False)
@@ -282,7 +282,7 @@ def test_codes_of_embeddings_learn_labels_the_vectors_explain(toy):
     users = np.c_[np.where(np.arange(20) % 2, 1.0, -1.0), rng.normal(size=(20, 3))]
     items = np.c_[np.where(np.arange(30) % 2, 1.0, -1.0), rng.normal(size=(30, 6))]
     codes, curve = bu.codes_from_embeddings(users, items, toy.train, bits=8, progress=False)
-    match = bu.hamming_similarity(codes.users[toy.test.user], codes.items[toy.test.item])
+    match = codes.similarity(toy.test)
     assert bu.auc(toy.test.label, match) > 0.75 and len(curve) > 1
     assert (codes.users.shape, codes.items.shape) == ((20, 8), (30, 8))
 
@@ -339,7 +339,7 @@ def test_the_shipped_codes_belong_to_this_recipe(ml1m, shipped):
     """They must be read, not fitted anew: whoever changes the recipe ships new codes (and then new results)."""
     assert (bu.ROOT / "data/codes" / f"ml-1m-32bits-seed0-{bu.codes_recipe(ml1m)}.npz").exists()
     valid = ml1m.valid
-    match = bu.hamming_similarity(shipped.users[valid.user], shipped.items[valid.item])
+    match = shipped.similarity(valid)
     assert bu.auc(valid.label, match) > 0.745 and bu.uauc(valid.user, valid.label, match)[0] > 0.685
 
 
@@ -353,13 +353,13 @@ def test_codes_of_64_bits_are_healthy(ml1m):
 def test_a_new_users_past_and_a_new_films_tags_tell_something(ml1m):
     """On the valid months: folding in must rank unseen users' rows better than one code for all of them."""
     model, _ = bu.fit_hybrid(ml1m, progress=False)
-    users, items = model.vectors()
     rows = ml1m.valid[~ml1m.valid.user.isin(ml1m.train.user)]
-    weights = bu.id_weights(ml1m)
-    now = bu.fold_in(model, ml1m, rows)
-    codes = bu.binarise(np.vstack([users, now]), items, 32, np.r_[weights[0], np.zeros(len(now))], weights[1])
-    so_far = bu.hamming_similarity(codes.users[len(users) :], codes.items[rows.item])
-    default = bu.hamming_similarity(codes.users[rows.user], codes.items[rows.item])
+    now = bu.codes_so_far(model, ml1m, rows)
+    so_far = bu.hamming_similarity(now.users, now.items[rows.item])
+    users, items = model.vectors()
+    codes = bu.binarise(users, items, 32, *bu.id_weights(ml1m))
+    assert (codes.items == now.items).all()  # newcomers change nobody else's code
+    default = codes.similarity(rows)
     assert bu.auc(rows.label, so_far) > bu.auc(rows.label, default) + 0.03
 
 
