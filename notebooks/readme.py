@@ -1,4 +1,4 @@
-"""Write the README's tables from the records in data/results, so that no number there is typed by hand."""
+"""Write the README's tables and findings from the records in data/results, so that no number is typed by hand."""
 
 import sys
 from pathlib import Path
@@ -104,6 +104,79 @@ def bench_table(bench):
     return markdown(["what", "here", "plain way", "unit", "times better", "the plain way"], rows)
 
 
+# `findings` fills the fields in: score and less (paired differences, second method minus first, by metric) from
+# metrics.csv and paired.csv, run, family, and the long run's chapters.
+FINDINGS = """\
+With {profile.tune_rows} training rows and {run[one_step].minutes:.0f} minutes of tuning on two cores (profile \
+`patient`, one seed), codes in the prompt raise its AUC on {profile.eval_rows:,} test rows from \
+{score[llm text 2000].auc:.3f} to {score[llm one_step 2000].auc:.3f}; the paired difference is {auc[text, one_step]}.
+
+**What is that worth?** [Notebook 05](notebooks/05_evaluation.ipynb) asks, from answers kept row by row \
+([scores-patient-test.csv](data/results/scores-patient-test.csv)):
+
+- The model **comes close to the codes alone and does not pass them**: {score[codes ours 2000].auc:.3f} on the same \
+rows, difference {auc[codes alone, one_step]}; in UAUC {uauc[codes alone, one_step]}. Stacking the codes with the \
+text-only model, three fitted weights, does as well in AUC.
+- **It is the bits, and only the bits**: random codes bring it to the coin, while false likes, a false title, or \
+asking whether the user would *hate* the film change nothing that can be told. {flips:.0%} of single flipped bits move \
+P(Yes) in the direction that Hamming similarity predicts.
+- **More tuning does not bring it further.** The long run goes through the training split chapter by chapter for as \
+long as valid rows gain by it. It ended by itself: after {long[rows]} rows AUC was {long[auc]} on \
+{long[valid_rows]} valid rows, where the codes alone have {long[hamming_auc]} ([long.csv](data/results/long.csv)). The \
+best of it is in `data/adapters/one_step`; on **all test rows it reaches \
+{score[llm long 7331].auc:.3f}/{score[llm long 7331].uauc:.3f}** (AUC/UAUC), the codes alone \
+{score[codes ours 7331].auc:.3f}/{score[codes ours 7331].uauc:.3f}. The paper prints 0.743/0.696 for 7 billion \
+weights and two steps, 0.729/0.684 for one step. Why it ends so early: the codes were learned from the same training \
+rows; even a logistic regression that weighs every bit, fitted on all of them, ranks valid rows no better than \
+counting equal bits.
+- **Codes that keep up.** Who has no training row shares one code with all such people. Give each a code from what \
+they rated before the row asked about, as their titles are, and the same adapter, tuned no further, reaches \
+{score[llm long_so_far 7331].auc:.3f}/{score[llm long_so_far 7331].uauc:.3f} on all test rows; those codes alone \
+{score[codes so_far 7331].auc:.3f}/{score[codes so_far 7331].uauc:.3f}.
+- **One step or two** is a toss-up: {auc[one_step, two_step]} on test, and the other way round on valid.
+- **Dotted decimal shortens and blinds**: the prompt falls from {run[one_step].tokens:.0f} tokens to \
+{run[one_step dotted].tokens:.0f}, and AUC changes by {auc[one_step, one_step dotted]} in one step, by \
+{auc[two_step, two_step dotted]} in two; in hexadecimal, {run[one_step hex].tokens:.0f} tokens, by \
+{auc[one_step, one_step hex]}. This model was taught to read bits, and a number hides eight of them.
+- **Other lengths**, each against 32 bits on the same rows: {auc[one_step, one_step 16 bits]} with 16, \
+{auc[one_step, one_step 64 bits]} with 64.
+- With *another user's* code the codes alone keep their UAUC and lose AUC: within a user they tell good films from bad \
+ones rather than one taste from another.
+- **Three families** on {family[text codes].tuning_rows} training rows ([notebook \
+06](notebooks/06_three_ways_to_tell_an_llm.ipynb), AUC on {family[text codes].rows:,} test rows): titles only \
+{family[titles only].auc:.3f}, new ID tokens {family[new tokens].auc:.3f}, mapped embeddings \
+{family[mapped embeddings].auc:.3f}, text codes {family[text codes].auc:.3f}. Text codes come with an hour of bit \
+literacy, which the others cannot use."""
+
+
+def findings(results):
+    """FINDINGS with the numbers of the records in the folder `results`. Raises ValueError where one is missing."""
+    read = {name: pd.read_csv(results / f"{name}.csv") for name in ("metrics", "paired", "runs", "families", "long")}
+    one = read["metrics"].query("seed == 0 and bits.fillna(32) == 32 and format.fillna('bits') == 'bits'")
+    fields = {"score": {f"{row.model} {row.variant} {row.rows}": row for row in one.itertuples()}}
+    for metric, tests in read["paired"].groupby("metric"):
+        fields[metric] = {
+            f"{t.a}, {t.b}": f"{t.difference:+.3f} [{t.low:+.3f}, {t.high:+.3f}]" for t in tests.itertuples()
+        }
+    runs = read["runs"].query("profile == 'patient'").assign(minutes=lambda table: table.tuning_seconds / 60)
+    fields["run"] = {row.run: row for row in runs.itertuples()}
+    fields["family"] = {row.family: row for row in read["families"].query("profile == 'patient'").itertuples()}
+    profile = bu.PROFILES["patient"]
+    chapters = read["long"].query("chapter_rows == @profile.tune_rows")
+    fields["long"] = {
+        name: ", ".join(f"{x:.3f}" if name.endswith("auc") else f"{x:,}" for x in chapters[name].drop_duplicates())
+        for name in ("rows", "auc", "valid_rows", "hamming_auc")
+    }
+    flips = pd.read_csv(results / "flips-patient.csv")
+    flips = flips[flips.bit.notna()].merge(flips[flips.bit.isna()], on="row", suffixes=("", "_before"))
+    as_predicted = (flips.p > flips.p_before) == (flips.similarity > flips.similarity_before)
+    try:
+        return FINDINGS.format(**fields, profile=profile, flips=as_predicted.mean())
+    except KeyError as error:
+        again = "make results, then BINLLM_PROFILE=patient python notebooks/run.py 06"
+        raise ValueError(f"{results}: no record of {error} for the README; {again}") from None
+
+
 def fill(text, name, table):
     """`text` with `table` between the marks of block `name`."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -118,7 +191,7 @@ def rendered():
     for name, (read, make) in (tables | {"bench": (pd.read_csv, bench_table)}).items():
         if (results / f"{name}.csv").exists():
             text = fill(text, name, make(read(results / f"{name}.csv")))
-    return text
+    return fill(text, "findings", findings(results))
 
 
 if __name__ == "__main__":

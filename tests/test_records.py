@@ -67,6 +67,18 @@ def test_a_table_holds_what_the_record_says():
     assert readme.results_table(table).endswith("Made on a box.")
 
 
+def test_the_findings_follow_the_records_and_say_which_is_missing(tmp_path):
+    for file in (bu.ROOT / "data/results").glob("*.csv"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    paired = pd.read_csv(tmp_path / "paired.csv")
+    first = (paired.a == "text") & (paired.b == "one_step") & (paired.metric == "auc")
+    paired.assign(difference=paired.difference.where(~first, 0.1234)).to_csv(tmp_path / "paired.csv", index=False)
+    assert "the paired difference is +0.123 [" in readme.findings(tmp_path)
+    paired[~first].to_csv(tmp_path / "paired.csv", index=False)
+    with pytest.raises(ValueError, match=r"no record of 'text, one_step' for the README; make results"):
+        readme.findings(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
