@@ -1,16 +1,17 @@
 """Ask every tuned LLM about the same rows and keep its answers in data/results, for notebook 05 to evaluate.
 
 python notebooks/results.py                    every run there is: hours on two CPU cores
-python notebooks/results.py one_step control   some, "control" being all of the controls
+python notebooks/results.py one_step control   some; "control" is all of the controls, "recipe" all of the recipes
 
 It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
 again. Without a GPU the profile is `patient` and the seed 0; with one it is `gpu` and the seeds are 0, 1 and 2.
 BINLLM_PROFILE chooses another profile. The files: scores-PROFILE-SPLIT.csv
 (P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv, ranking-PROFILE.csv, and runs.csv, which says
-how each was made.
+how each was made. recipes.csv tells, on valid, what one-step tuning owes to each part of how it is done.
 """
 
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -280,6 +281,55 @@ def ranking(dataset, profile):
     make("ranking", dataset, profile, work, "one_step")
 
 
+# ------------------------------------------------------------------------------------------------------------ recipes
+def three_titles(prompt):
+    """`prompt` with no more than the last three of the titles that the user liked."""
+    return re.sub(r'(movies: )".*((?:"[^"]+", ){2}"[^"]+"\. Would)', r"\1\2", prompt)
+
+
+def in_groups(prompt):
+    """`prompt` with a space after every eighth digit of its codes."""
+    return re.sub(r"[01]{16,}", lambda code: " ".join(re.findall("[01]{8}", code[0])), prompt)
+
+
+# One-step tuning with one thing changed: whether it starts from bit literacy, its prompt, what is done to each prompt.
+RECIPES = {
+    "as it is": (True, "side by side", str),
+    "without bit literacy": (False, "side by side", str),
+    "in the paper's words": (True, "text+codes", str),
+    "without titles": (True, "codes", str),
+    "three titles": (True, "side by side", three_titles),
+    "digits in groups of eight": (True, "side by side", in_groups),
+}
+
+
+def recipe(name, dataset, profile):
+    """One of RECIPES on half of the profile's training rows, judged on valid rows: a line of recipes.csv.
+
+    Without bit literacy the LoRA matrices are new and learn at the rate of titles only, ten times as high.
+    """
+    (literate, style, change), codes = RECIPES[name], bu.cached_codes(dataset)
+    literacy = (bu.ADAPTERS / "literacy" / "adapter_model.safetensors").read_bytes()
+    path = bu.output_folder("data/results", profile) / "recipes.csv"
+    row = {"recipe": name, "profile": profile.name}
+    row["made_from"] = bu.fingerprint(codes.users, codes.items, repr(profile), style, bu.TEMPLATES, literacy)
+    if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
+        return print(f"recipe: {name}: there already", flush=True)
+    train = dataset.train.sample(profile.tune_rows // 2, random_state=0)
+    valid = bu.sample_rows(dataset.valid, profile.eval_rows // 8, seed=1)
+    learn, ask = (list(map(change, bu.build_prompts(dataset, rows, codes, style))) for rows in (train, valid))
+    model, tokenizer = bu.literate_llm(profile)[:2] if literate else bu.load_llm(profile.llm, layers=profile.layers)
+    lr = bu.VARIANTS["one_step" if literate else "text"][2]
+    model, curve = bu.tune(model, tokenizer, learn, train.label, batch_size=profile.batch_size, lr=lr)
+    p = bu.score(model, tokenizer, ask)
+    row |= {"tuning_rows": len(train), "lr": lr, "seconds": round(curve.seconds.iloc[-1])}
+    row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(ask).input_ids]), 1)
+    row["correlation"] = round(np.corrcoef(np.log(p / (1 - p)), codes.similarity(valid))[0, 1], 4)
+    row |= {"valid_rows": len(valid)} | bu.evaluate(valid, p)
+    bu.put_row(path, row, ["recipe", "profile"])
+    print(f"recipe: {name}: AUC {row['auc']}, correlation {row['correlation']}", flush=True)
+
+
 def main(wanted):
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
@@ -289,9 +339,10 @@ def main(wanted):
     runs = {f"{name}, seed {s}" if s else name: partial(answer, name, s) for name, s in named}
     runs |= {f"control: {name}": partial(control, name) for name in CONTROLS}
     runs |= {"long so far": so_far, "flips": flips, "ranking": ranking}
-    unknown = set(wanted) - set(runs) - {"control"}
+    runs |= {f"recipe: {name}": partial(recipe, name) for name in RECIPES}
+    unknown = set(wanted) - set(runs) - {"control", "recipe"}
     if unknown:
-        sys.exit(f"there is no run {unknown.pop()!r}; choose from control, {', '.join(runs)}")
+        sys.exit(f"there is no run {unknown.pop()!r}; choose from control, recipe, {', '.join(runs)}")
     for name in runs:
         if not wanted or name in wanted or name.split(":")[0] in wanted:
             runs[name](dataset, profile)

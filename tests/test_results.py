@@ -1,6 +1,7 @@
 """The script that asks every LLM about the same rows: what it keeps, what it makes again, what its controls change."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -152,6 +153,37 @@ def test_rewording_fails_when_the_template_has_other_words(toy, toy_codes, resul
         results.CONTROLS["hate"](toy, toy.test, toy_codes, "codes")
 
 
+def test_recipes_change_titles_or_digits_alone(ml1m, results):
+    rows, codes = bu.sample_rows(ml1m.test, 300), bu.cached_codes(ml1m)
+    prompts = bu.build_prompts(ml1m, rows, codes, "side by side")
+    for prompt, liked in zip(prompts, bu.liked_before(ml1m, rows), strict=True):
+        old, new = fields(prompt), fields(results.three_titles(prompt))
+        titles = ", ".join(f'"{ml1m.titles[i]}"' for i in liked[-3:]) or "none so far"
+        assert new == (titles, *old[1:])
+        grouped = results.in_groups(prompt)
+        assert grouped.replace(" ", "") == prompt.replace(" ", "") and len(grouped) == len(prompt) + 6
+
+
+def test_a_recipe_is_tried_once_from_its_own_start(llm, toy, toy_codes, results, tmp_path, monkeypatch):
+    tokenizer, profile, tuned = llm[1], replace(SMOKE, eval_rows=1000), []
+
+    def tune(start, tokenizer, prompts, labels, *, batch_size, lr):
+        tuned.append((start, prompts, lr))
+        return start, pd.DataFrame({"seconds": [7.0]})
+
+    monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
+    monkeypatch.setattr(bu, "literate_llm", lambda profile: ("literate", tokenizer, "adapter"))
+    monkeypatch.setattr(bu, "load_llm", lambda *args, **options: ("plain", tokenizer))
+    monkeypatch.setattr(bu, "tune", tune)
+    monkeypatch.setattr(bu, "score", lambda model, tokenizer, prompts: np.linspace(0.2, 0.7, len(prompts)))
+    for name in ("as it is", "without bit literacy", "without titles", "as it is"):
+        results.recipe(name, toy, profile)
+    assert [(start, lr) for start, _, lr in tuned] == [("literate", 1e-4), ("plain", 1e-3), ("literate", 1e-4)]
+    assert tuned[0][1] == tuned[1][1] != tuned[2][1]
+    table = pd.read_csv(tmp_path / "smoke/data/results/recipes.csv").set_index("recipe")
+    assert table.seconds.eq(7).all() and table.tokens["without titles"] < table.tokens["as it is"]
+
+
 def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
     table = results.candidates(ml1m, 12, per_user=20)
     assert table.user.nunique() == 12 and (table.groupby("user").size() == 20).all()
@@ -166,7 +198,7 @@ def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
 
 
 def test_an_unknown_run_is_named(results):
-    with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, text, one_step"):
+    with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, recipe, text, one_step"):
         results.main(["nothing"])
 
 
