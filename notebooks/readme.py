@@ -173,8 +173,7 @@ def findings(results):
     try:
         return FINDINGS.format(**fields, profile=profile, flips=as_predicted.mean())
     except KeyError as error:
-        again = "make results, then BINLLM_PROFILE=patient python notebooks/run.py 06"
-        raise ValueError(f"{results}: no record of {error} for the README; {again}") from None
+        raise ValueError(f"{results}: no record of {error} for the README; make results makes it") from None
 
 
 def fill(text, name, table):

@@ -12,6 +12,7 @@ how each was made. recipes.csv tells, on valid, what one-step tuning owes to eac
 
 import os
 import re
+import subprocess
 import sys
 import time
 from functools import partial
@@ -330,6 +331,15 @@ def recipe(name, dataset, profile):
     print(f"recipe: {name}: AUC {row['auc']}, correlation {row['correlation']}", flush=True)
 
 
+def families(dataset, profile):
+    """Notebook 06 in the size of `profile`, for its lines in families.csv. The notebook keeps that run's outputs."""
+    path = bu.output_folder("data/results", profile) / "families.csv"
+    if path.exists() and (pd.read_csv(path).profile == profile.name).sum() == 4:
+        return print("families: there already", flush=True)
+    command = [sys.executable, ROOT / "notebooks" / "run.py", "06"]
+    subprocess.run(command, env=os.environ | {"BINLLM_PROFILE": profile.name}, check=True)
+
+
 def main(wanted):
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
@@ -339,7 +349,7 @@ def main(wanted):
     runs = {f"{name}, seed {s}" if s else name: partial(answer, name, s) for name, s in named}
     runs |= {f"control: {name}": partial(control, name) for name in CONTROLS}
     runs |= {"long so far": so_far, "flips": flips, "ranking": ranking}
-    runs |= {f"recipe: {name}": partial(recipe, name) for name in RECIPES}
+    runs |= {f"recipe: {name}": partial(recipe, name) for name in RECIPES} | {"families": families}
     unknown = set(wanted) - set(runs) - {"control", "recipe"}
     if unknown:
         sys.exit(f"there is no run {unknown.pop()!r}; choose from control, recipe, {', '.join(runs)}")

@@ -197,6 +197,16 @@ def test_candidates_hold_the_liked_films_and_unseen_ones_only(ml1m, results):
     assert table.equals(results.candidates(ml1m, 12, per_user=20))
 
 
+def test_families_are_compared_once(results, tmp_path, monkeypatch):
+    calls, path = [], tmp_path / "smoke/data/results/families.csv"
+    monkeypatch.setattr(results.subprocess, "run", lambda command, env, check: calls.append(env["BINLLM_PROFILE"]))
+    path.parent.mkdir(parents=True)
+    for lines, runs in ((3, 1), (4, 1)):
+        path.write_text("family,profile\n" + "a,smoke\n" * lines + "a,cpu\n")
+        results.families(None, SMOKE)
+        assert calls == ["smoke"] * runs
+
+
 def test_an_unknown_run_is_named(results):
     with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, recipe, text, one_step"):
         results.main(["nothing"])
