@@ -4,7 +4,8 @@ python notebooks/results.py                    every run there is: hours on two 
 python notebooks/results.py one_step control   some; "control" is all of the controls, "recipe" all of the recipes
 
 It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
-again. Without a GPU the profile is `patient` and the seed 0; with one it is `gpu` and the seeds are 0, 1 and 2.
+again. Without a GPU the profile is `patient` and the seed 0, unless you ask for more ("one_step, seed 1"); with one it is
+`gpu` and the seeds are 0, 1 and 2.
 BINLLM_PROFILE chooses another profile. The files: scores-PROFILE-SPLIT.csv
 (P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv, ranking-PROFILE.csv, and runs.csv, which says
 how each was made. recipes.csv tells, on valid, what one-step tuning owes to each part of how it is done.
@@ -344,8 +345,7 @@ def main(wanted):
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
     profile, dataset = bu.current_profile(), bu.load_ml1m()
-    seeds = range(3 if torch.cuda.is_available() else 1)
-    named = [(name, s) for s in seeds for name in RUNS if s == 0 or name != "long"]  # of that one there is one only
+    named = [(name, s) for s in range(3) for name in RUNS if s == 0 or name != "long"]  # of that one there is one only
     runs = {f"{name}, seed {s}" if s else name: partial(answer, name, s) for name, s in named}
     runs |= {f"control: {name}": partial(control, name) for name in CONTROLS}
     runs |= {"long so far": so_far, "flips": flips, "ranking": ranking}
@@ -353,8 +353,9 @@ def main(wanted):
     unknown = set(wanted) - set(runs) - {"control", "recipe"}
     if unknown:
         sys.exit(f"there is no run {unknown.pop()!r}; choose from control, recipe, {', '.join(runs)}")
+    usual = [name for name in runs if torch.cuda.is_available() or ", seed" not in name]
     for name in runs:
-        if not wanted or name in wanted or name.split(":")[0] in wanted:
+        if name in (wanted or usual) or name.split(":")[0] in wanted:
             runs[name](dataset, profile)
 
 

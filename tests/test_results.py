@@ -207,6 +207,24 @@ def test_families_are_compared_once(results, tmp_path, monkeypatch):
         assert calls == ["smoke"] * runs
 
 
+@pytest.mark.parametrize(
+    "wanted, made",
+    [
+        (["one_step, seed 1"], [("one_step", 1)]),
+        (["text", "long"], [("text", 0), ("long", 0)]),
+        ([], [(name, 0) for name in script.RUNS]),
+    ],
+)
+def test_other_seeds_are_made_when_asked_for(results, monkeypatch, wanted, made):
+    answers = []
+    monkeypatch.setattr(results.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(results, "answer", lambda run, seed, *_: answers.append((run, seed)))
+    for other in ("control", "recipe", "so_far", "flips", "ranking", "families"):
+        monkeypatch.setattr(results, other, lambda *_: None)
+    results.main(wanted)
+    assert answers == made
+
+
 def test_an_unknown_run_is_named(results):
     with pytest.raises(SystemExit, match="there is no run 'nothing'; choose from control, recipe, text, one_step"):
         results.main(["nothing"])
