@@ -4,11 +4,12 @@ python notebooks/results.py                    every run there is: hours on two 
 python notebooks/results.py one_step control   some; "control" is all of the controls, "recipe" all of the recipes
 
 It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
-again. Without a GPU the profile is `patient` and the seed 0, unless you ask for more ("one_step, seed 1"); with one it is
-`gpu` and the seeds are 0, 1 and 2.
-BINLLM_PROFILE chooses another profile. The files: scores-PROFILE-SPLIT.csv
-(P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv, ranking-PROFILE.csv, and runs.csv, which says
-how each was made. recipes.csv tells, on valid, what one-step tuning owes to each part of how it is done.
+again. Without a GPU the profile is `patient` and the seed 0, unless you ask for more ("one_step, seed 1"); with one it
+is `gpu` and the seeds are 0, 1 and 2. BINLLM_PROFILE chooses another profile.
+
+The files: scores-PROFILE-SPLIT.csv (P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv,
+ranking-PROFILE.csv, and runs.csv, which says how each was made; recipes.csv tells, on valid, what one-step tuning owes
+to each part of how it is done; families.csv is what notebook 06 finds in the profile's size.
 """
 
 import os
