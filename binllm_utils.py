@@ -919,10 +919,19 @@ def to_hex(code):
     return np.packbits(_check_bits(code)).tobytes().hex()
 
 
+def to_pairs(a, b):
+    """Two 0/1 arrays [bits] -> each bit of the one beside the same bit of the other: "01 11 00"."""
+    a, b = _check_bits(a), _check_bits(b)
+    if a.shape != b.shape:
+        raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot stand bit by bit")
+    return " ".join(f"{x}{y}" for x, y in zip(a.tolist(), b.tolist()))
+
+
 # ------------------------------------------------------------------------------------------------------------ prompts
 # The paper's two templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
-# "side by side" is ours: a title between two codes shifts one against the other by a different length in each prompt,
-# and a small model, which compares digits at a distance it has learned, reads them less surely.
+# The others are ours. "side by side": a title between two codes shifts one against the other by a different length in
+# each prompt, and a small model, which compares digits at a distance it has learned, reads them less surely. "bit by
+# bit": each digit of the user's code has the film's beside it, so that there is no distance to learn.
 TEMPLATES = {
     "text": "#Question: A user has given high ratings to the following movies: {likes}. Leverage the information to "
     "predict whether the user would enjoy the movie titled {title}? "
@@ -936,6 +945,8 @@ TEMPLATES = {
     'Answer with "Yes" or "No". \\n#Answer:',
     "side by side": "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy "
     'the movie titled {title}? Answer with "Yes" or "No". User {user} movie {item} alike? \\n#Answer:',
+    "bit by bit": "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy "
+    'the movie titled {title}? Answer with "Yes" or "No". User and movie {pairs} alike? \\n#Answer:',
 }
 FORMATS = {"bits": to_bits, "dotted": to_dotted, "hex": to_hex}
 
@@ -943,15 +954,18 @@ FORMATS = {"bits": to_bits, "dotted": to_dotted, "hex": to_hex}
 def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", faithful=False):
     """One prompt a row, ready for the LLM to answer " Yes" or " No" (paper, Section 3.1 and Table 4).
 
-    style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", or "side by side"
-    (the same, with the codes at the end, as in ALIKE); fmt: one of FORMATS. `rows` needs columns
-    `user, item, timestamp`; the titles shown are the user's last ten likes before it.
+    style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", "side by side" (the
+    same, with the codes at the end, as in ALIKE), or "bit by bit" (with the codes as `to_pairs` writes them);
+    fmt: one of FORMATS, of which "bit by bit" takes bits only. `rows` needs columns `user, item, timestamp`; the titles
+    shown are the user's last ten likes before it.
     faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, and "unkow" for
     an empty history. (Its literal "<s>" in front is LLaMA's start token and belongs to that tokenizer.)
     Raises ValueError for an unknown style or format, or codes that are missing or too few.
     """
     if style not in TEMPLATES or fmt not in FORMATS:
         raise ValueError(f"style {style!r}, format {fmt!r}: choose from {list(TEMPLATES)} and {list(FORMATS)}")
+    if style == "bit by bit" and fmt != "bits":
+        raise ValueError(f"style 'bit by bit' writes bits; format {fmt!r} has none to stand beside each other")
     users, items = rows.user.to_numpy(), rows.item.to_numpy()
     fields = {"user": [""] * len(rows), "item": [""] * len(rows)}
     if style != "text":
@@ -965,15 +979,18 @@ def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", fai
     template = TEMPLATES[style] if faithful else TEMPLATES[style].replace(" \\n", "\n")
     nothing = "unkow" if faithful else "none so far"
     prompts = []
-    for liked, item, user_code, item_code in zip(liked_before(dataset, rows), items, fields["user"], fields["item"]):
-        likes = ", ".join(f'"{dataset.titles[i]}"' for i in liked) or nothing
-        title = f'"{dataset.titles[item].strip()}"'
-        prompts.append(template.format(likes=likes, title=title, user=user_code, item=item_code))
+    for liked, user, item, *written in zip(liked_before(dataset, rows), users, items, fields["user"], fields["item"]):
+        text = dict(zip(("user", "item"), written), title=f'"{dataset.titles[item].strip()}"')
+        text["likes"] = ", ".join(f'"{dataset.titles[i]}"' for i in liked) or nothing
+        if style == "bit by bit":
+            text["pairs"] = to_pairs(codes.users[user], codes.items[item])
+        prompts.append(template.format(**text))
     return prompts
 
 
-# A question about two codes of which there is no end: `code_pairs` makes the codes, `alike` the answers.
+# Questions about two codes of which there is no end: `code_pairs` makes the codes, `alike` the answers.
 ALIKE = "User {a} movie {b} alike?\n#Answer:"
+ALIKE_PAIRS = "User and movie {pairs} alike?\n#Answer:"
 
 
 def code_pairs(n, bits, seed=0, spread=None):

@@ -1,8 +1,9 @@
 """Train what takes longer than a notebook should, and keep it in data/adapters.
 
 python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
-python notebooks/adapters.py long        tune on the training split, chapter by chapter, until valid says stop: half an
-                                         hour as things are, some eight hours if it went to the end
+python notebooks/adapters.py pairs       the same for codes that stand bit by bit: twenty minutes
+python notebooks/adapters.py long        tune what `pairs` taught on the training split, chapter by chapter, until valid
+                                         says stop
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -10,6 +11,7 @@ All on two CPU cores. Run it again after whatever stopped it: it goes on from it
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,40 +22,56 @@ sys.path.insert(0, str(ROOT))
 import binllm_utils as bu
 
 RECORDS = ROOT / "data" / "results"
-# Each course is one run of `tune`: (highest learning rate, lessons); the next goes on from its weights.
-# A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`. Short codes first, whole prompts last.
-COURSES = (
-    (
-        1e-3,
+# For each adapter its courses. Each is one run of `tune`: (highest learning rate, lessons); the next goes on from its
+# weights. A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`. Short codes first, whole
+# prompts last.
+COURSES = {
+    "literacy": (
         (
-            ("alike", 8, 1536, None),
-            ("alike", 16, 1024, None),
-            ("alike", 32, 2048, None),
-            ("codes", 32, 256, None),
-            ("side by side", 32, 320, None),
-            ("text+codes", 32, 320, None),
+            1e-3,
+            (
+                ("alike", 8, 1536, None),
+                ("alike", 16, 1024, None),
+                ("alike", 32, 2048, None),
+                ("codes", 32, 256, None),
+                ("side by side", 32, 320, None),
+                ("text+codes", 32, 320, None),
+            ),
+        ),
+        (
+            5e-4,
+            (
+                ("alike", 32, 3072, 0.1),
+                ("side by side", 32, 512, 0.1),
+            ),
         ),
     ),
-    (
-        5e-4,
+    "pairs": (
         (
-            ("alike", 32, 3072, 0.1),
-            ("side by side", 32, 512, 0.1),
+            1e-3,
+            (
+                ("pairs", 8, 640, None),
+                ("pairs", 16, 320, None),
+                ("pairs", 32, 640, None),
+                ("pairs", 32, 960, 0.1),
+                ("bit by bit", 32, 512, 0.1),
+            ),
         ),
     ),
-)
+}
 BATCH = 32  # questions a step
 
 
 def lesson(dataset, where, bits, n, spread, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
-    where: "alike" for `bu.ALIKE` alone, or a style of the paper's prompt about a row of the training split, each with a
-    user and a film of its own; there are some 500 such rows.
+    where: "alike" for `bu.ALIKE` alone, "pairs" for `bu.ALIKE_PAIRS`, or a style of `bu.build_prompts` about a row of
+    the training split, each with a user and a film of its own; there are some 500 such rows.
     """
-    if where == "alike":
+    if where in ("alike", "pairs"):
         pairs = bu.code_pairs(n, bits, seed, spread)
-        return short_questions(pairs.users, pairs.items), bu.alike(bu.hamming_similarity(pairs.users, pairs.items))
+        sides = pairs.users, pairs.items
+        return short_questions(*sides, where), bu.alike(bu.hamming_similarity(*sides))
     rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
     if len(rows) < n:
         raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
@@ -64,19 +82,21 @@ def lesson(dataset, where, bits, n, spread, seed):
     return prompts, bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item]))
 
 
-def short_questions(users, items):
-    """`bu.ALIKE` about each user's and item's code, 0/1 arrays [n, bits]."""
+def short_questions(users, items, where="alike"):
+    """`bu.ALIKE`, or with "pairs" `bu.ALIKE_PAIRS`, about each user's and item's code, 0/1 arrays [n, bits]."""
+    if where == "pairs":
+        return [bu.ALIKE_PAIRS.format(pairs=bu.to_pairs(a, b)) for a, b in zip(users, items)]
     return [bu.ALIKE.format(a=bu.to_bits(a), b=bu.to_bits(b)) for a, b in zip(users, items)]
 
 
-def literacy():
-    """LoRA weights that read codes, learned on made-up ones alone; data/adapters/literacy.
+def literacy(name="literacy"):
+    """LoRA weights that read codes, learned on made-up ones alone; the folder of data/adapters named as in COURSES.
 
     After each course the adapter is saved, with the courses so far in its card: run again, it goes on with the next.
     """
-    dataset, folder = bu.load_ml1m(), bu.ADAPTERS / "literacy"
+    dataset, folder = bu.load_ml1m(), bu.ADAPTERS / name
     model, tokenizer = bu.load_llm()
-    courses, curves, seconds = json.loads(json.dumps(COURSES)), [], 0
+    courses, curves, seconds = json.loads(json.dumps(COURSES[name])), [], 0
     done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []
     if done != courses[: len(done)]:
         sys.exit(f"{folder} was taught other courses than COURSES; delete it to teach these")
@@ -84,37 +104,37 @@ def literacy():
         model, curves = bu.load_adapter(model, folder), [pd.read_csv(folder / "curve.csv")]
         seconds = curves[0].groupby("course").seconds.max().sum()
     seeds = itertools.count(sum(len(lessons) for _, lessons in done))
-    for place in range(len(done) + 1, len(COURSES) + 1):
-        lr, lessons = COURSES[place - 1]
+    for place, (lr, lessons) in list(enumerate(COURSES[name], 1))[len(done) :]:
         parts = [dict(zip(("prompt", "label"), lesson(dataset, *what, next(seeds)))) for what in lessons]
         asked = pd.concat([pd.DataFrame(part).assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
         options = {"batch_size": BATCH, "lr": lr, "shuffle": False}
-        options["folder"] = bu.CACHE / "checkpoints" / f"literacy-{place}"
+        options["folder"] = bu.CACHE / "checkpoints" / f"{name}-{place}"
         model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
         seconds += curve.seconds.iloc[-1]
         curves.append(curve.assign(course=place, lesson=asked.lesson.to_list()[::BATCH]))
-        exam(dataset, model, tokenizer, place)
+        exam(dataset, model, tokenizer, name, place)
         card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
         card |= {"seconds": round(seconds), "hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
         bu.save_adapter(model, folder, card, pd.concat(curves))
 
 
-def exam(dataset, model, tokenizer, course):
+def exam(dataset, model, tokenizer, name, course):
     """How well real codes are read after a course, on valid rows and before any rating: data/results/literacy.csv."""
+    short, styles = {"literacy": ("alike", ("side by side", "text+codes")), "pairs": ("pairs", ("bit by bit",))}[name]
     codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.valid, 150, seed=1)
     sides = codes.users[rows.user], codes.items[rows.item]
     similarity = bu.hamming_similarity(*sides)
     scores = {"Hamming similarity itself": bu.alike(similarity)}
-    prompts = {"alike": short_questions(*sides)}
-    prompts |= {style: bu.build_prompts(dataset, rows, codes, style) for style in ("side by side", "text+codes")}
-    scores |= {name: bu.score(model, tokenizer, asked) for name, asked in prompts.items()}
-    for name, p in scores.items():
-        key = {"after_course": course, "prompt": name, "split": "valid", "rows": len(rows)}
+    prompts = {short: short_questions(*sides, short)}
+    prompts |= {style: bu.build_prompts(dataset, rows, codes, style) for style in styles}
+    scores |= {prompt: bu.score(model, tokenizer, asked) for prompt, asked in prompts.items()}
+    for prompt, p in scores.items():
+        key = {"adapter": name, "after_course": course, "prompt": prompt, "split": "valid", "rows": len(rows)}
         row = {"correlation": correlation(p, similarity), "auc": bu.auc(rows.label, p)}
         row["uauc"] = bu.uauc(rows.user, rows.label, p)[0]
-        row = {name: round(float(value), 4) for name, value in row.items()}
+        row = {column: round(float(value), 4) for column, value in row.items()}
         bu.put_row(RECORDS / "literacy.csv", key | row, list(key))
-        print(f"course {course}, {name}: {row}", flush=True)
+        print(f"{name}, course {course}, {prompt}: {row}", flush=True)
 
 
 def correlation(p, similarity):
@@ -168,7 +188,7 @@ def long():
 
 
 if __name__ == "__main__":
-    wanted = {"literacy": literacy, "long": long}
+    wanted = {"literacy": literacy, "pairs": partial(literacy, "pairs"), "long": long}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]]()
