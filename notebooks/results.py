@@ -26,6 +26,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import adapters
+
 import binllm_utils as bu
 
 # name: variant, code format, bits, share of the profile's test rows (ALL: every row of the test split, whatever the
@@ -54,7 +56,15 @@ def load(dataset, codes, profile, variant, fmt="bits", seed=0):
     model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
     model = bu.load_adapter(model, bu.ADAPTERS / "one_step")
     seconds = pd.read_csv(bu.ADAPTERS / "one_step" / "curve.csv").groupby("chapter").seconds.max().sum()
-    return model, tokenizer, bu.VARIANTS["one_step"][0], seconds
+    return model, tokenizer, adapters.LONG_STYLE, seconds
+
+
+def prompts_of(variant):
+    """What decides the prompts of a variant: its settings and template, and those of the step before it."""
+    if variant == "long":
+        return bu.TEMPLATES[adapters.LONG_STYLE]
+    style, first, _ = bu.VARIANTS[variant]
+    return bu.VARIANTS[variant], bu.TEMPLATES[style], first and prompts_of(first)
 
 
 def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
@@ -68,7 +78,7 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
         return print(f"{name}: left out, for {start.parent} is not there; python notebooks/adapters.py long makes it")
     if variant == "long" and (profile.llm or profile.layers):
         return print(f"{name}: left out, for {start.parent} was made for another LLM than that of {profile.name}")
-    made_from = (codes.users, codes.items, repr(profile), variant, fmt, bu.VARIANTS, bu.TEMPLATES, start.read_bytes())
+    made_from = (codes.users, codes.items, repr(profile), variant, fmt, prompts_of(variant), start.read_bytes())
     row = {"run": name, "profile": profile.name, "made_from": bu.fingerprint(*made_from)}
     if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
         return print(f"{name}: there already", flush=True)
@@ -295,39 +305,49 @@ def in_groups(prompt):
     return re.sub(r"[01]{16,}", lambda code: " ".join(re.findall("[01]{8}", code[0])), prompt)
 
 
-# One-step tuning with one thing changed: whether it starts from bit literacy, its prompt, what is done to each prompt.
+# One-step tuning with one thing changed: the adapter that it starts from, its prompt, what is done to each prompt, and
+# whether the codes have seen the training rows.
 RECIPES = {
-    "as it is": (True, "side by side", str),
-    "without bit literacy": (False, "side by side", str),
-    "in the paper's words": (True, "text+codes", str),
-    "without titles": (True, "codes", str),
-    "three titles": (True, "side by side", three_titles),
-    "digits in groups of eight": (True, "side by side", in_groups),
+    "as it is": ("literacy", "side by side", str, True),
+    "without bit literacy": (None, "side by side", str, True),
+    "in the paper's words": ("literacy", "text+codes", str, True),
+    "without titles": ("literacy", "codes", str, True),
+    "three titles": ("literacy", "side by side", three_titles, True),
+    "digits in groups of eight": ("literacy", "side by side", in_groups, True),
+    "bit by bit": ("pairs", "bit by bit", str, True),
+    "on rows the codes have not seen": ("literacy", "side by side", str, False),
+    "bit by bit, on rows the codes have not seen": ("pairs", "bit by bit", str, False),
 }
 
 
 def recipe(name, dataset, profile):
-    """One of RECIPES on half of the profile's training rows, judged on valid rows: a line of recipes.csv.
+    """One of RECIPES on a quarter of the profile's training rows, judged on valid rows: a line of recipes.csv.
 
     Without bit literacy the LoRA matrices are new and learn at the rate of titles only, ten times as high.
     """
-    (literate, style, change), codes = RECIPES[name], bu.cached_codes(dataset)
-    literacy = (bu.ADAPTERS / "literacy" / "adapter_model.safetensors").read_bytes()
+    start, style, change, seen = RECIPES[name]
+    literacy = (bu.ADAPTERS / start / "adapter_model.safetensors").read_bytes() if start else b""
+    codes = bu.cached_codes(dataset)
     path = bu.output_folder("data/results", profile) / "recipes.csv"
     row = {"recipe": name, "profile": profile.name}
-    row["made_from"] = bu.fingerprint(codes.users, codes.items, repr(profile), style, bu.TEMPLATES, literacy)
+    row["made_from"] = bu.fingerprint(codes.users, codes.items, repr(profile), style, bu.TEMPLATES[style], literacy)
     if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
         return print(f"recipe: {name}: there already", flush=True)
-    train = dataset.train.sample(profile.tune_rows // 2, random_state=0)
+    rows, known = (dataset.train, codes) if seen else adapters.unseen_rows(dataset)
+    train = rows.sample(profile.tune_rows // 4, random_state=0)
     valid = bu.sample_rows(dataset.valid, profile.eval_rows // 8, seed=1)
-    learn, ask = (list(map(change, bu.build_prompts(dataset, rows, codes, style))) for rows in (train, valid))
-    model, tokenizer = bu.literate_llm(profile)[:2] if literate else bu.load_llm(profile.llm, layers=profile.layers)
-    lr = bu.VARIANTS["one_step" if literate else "text"][2]
+    learn, ask = (
+        [change(prompt) for prompt in bu.build_prompts(dataset, part, written, style)]
+        for part, written in ((train, known), (valid, codes))
+    )
+    model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
+    model = bu.load_adapter(model, bu.ADAPTERS / start) if start and not profile.layers else model
+    lr = bu.VARIANTS["one_step" if start else "text"][2]
     model, curve = bu.tune(model, tokenizer, learn, train.label, batch_size=profile.batch_size, lr=lr)
     p = bu.score(model, tokenizer, ask)
     row |= {"tuning_rows": len(train), "lr": lr, "seconds": round(curve.seconds.iloc[-1])}
     row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(ask).input_ids]), 1)
-    row["correlation"] = round(np.corrcoef(np.log(p / (1 - p)), codes.similarity(valid))[0, 1], 4)
+    row["correlation"] = round(adapters.correlation(p, codes.similarity(valid)), 4)
     row |= {"valid_rows": len(valid)} | bu.evaluate(valid, p)
     bu.put_row(path, row, ["recipe", "profile"])
     print(f"recipe: {name}: AUC {row['auc']}, correlation {row['correlation']}", flush=True)
