@@ -1509,23 +1509,24 @@ VARIANTS = {
 }
 
 
-def literate_llm(profile):
+def literate_llm(profile, name="literacy"):
     """(model, tokenizer, start) of the profile's LLM with the adapter that has taught it to read codes.
 
-    start: a fingerprint of that adapter (data/adapters/literacy); None, and the plain LLM, where it is for another LLM.
+    name: the adapter's folder in data/adapters; "pairs" reads them bit by bit. start: a fingerprint of that adapter;
+    None, and the plain LLM, where it is for another LLM.
     """
     model, tokenizer = load_llm(profile.llm, layers=profile.layers)
-    start = _literacy(profile)
-    return load_adapter(model, ADAPTERS / "literacy") if start else model, tokenizer, start
+    start = _literacy(profile, name)
+    return load_adapter(model, ADAPTERS / name) if start else model, tokenizer, start
 
 
 def _llm_name(profile):
     return profile.llm or os.environ.get("BINLLM_LLM") or SMOLLM2
 
 
-def _literacy(profile):
-    """Fingerprint of the adapter in data/adapters/literacy; None where it is not for the profile's whole LLM."""
-    file = ADAPTERS / "literacy" / "adapter_model.safetensors"
+def _literacy(profile, name="literacy"):
+    """Fingerprint of an adapter in data/adapters; None where it is not for the profile's whole LLM."""
+    file = ADAPTERS / name / "adapter_model.safetensors"
     card = file.with_name("card.json")
     if profile.layers or not card.exists() or json.loads(card.read_text())["llm"] != _llm_name(profile):
         return None

@@ -340,8 +340,7 @@ def recipe(name, dataset, profile):
         [change(prompt) for prompt in bu.build_prompts(dataset, part, written, style)]
         for part, written in ((train, known), (valid, codes))
     )
-    model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
-    model = bu.load_adapter(model, bu.ADAPTERS / start) if start and not profile.layers else model
+    model, tokenizer = bu.literate_llm(profile, start)[:2] if start else bu.load_llm(profile.llm, layers=profile.layers)
     lr = bu.VARIANTS["one_step" if start else "text"][2]
     model, curve = bu.tune(model, tokenizer, learn, train.label, batch_size=profile.batch_size, lr=lr)
     p = bu.score(model, tokenizer, ask)

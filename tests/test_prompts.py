@@ -57,6 +57,18 @@ def test_side_by_side_ends_in_the_question_of_the_lessons(three):
         assert f'titled "{dataset.titles[row.item].strip()}"?' in text
 
 
+def test_bit_by_bit_each_digit_of_the_user_has_the_films_beside_it(three):
+    dataset, rows, codes = three
+    for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, "bit by bit")):
+        pairs = bu.to_pairs(codes.users[row.user], codes.items[row.item])
+        assert text.endswith(' "No". ' + bu.ALIKE_PAIRS.format(pairs=pairs))
+    assert bu.to_pairs([0, 1, 1], [1, 1, 0]) == "01 11 10"
+    with pytest.raises(ValueError, match="3 and 2 bits cannot stand bit by bit"):
+        bu.to_pairs([0, 1, 1], [1, 1])
+    with pytest.raises(ValueError, match="'bit by bit' writes bits; format 'dotted' has none"):
+        bu.build_prompts(dataset, rows, codes, "bit by bit", "dotted")
+
+
 def test_codes_only_shows_no_title(three):
     dataset, rows, codes = three
     for text in bu.build_prompts(dataset, rows, codes, "codes", "dotted"):

@@ -75,11 +75,23 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(llm, toy, toy_codes,
     assert len(asked) == 2
     row = pd.read_csv(tmp_path / "smoke/data/results/runs.csv").iloc[0]
     assert row.code_tokens == 32 and row.prompts == sum(map(len, asked)) and row.tokens > row.code_tokens
+    monkeypatch.setitem(bu.TEMPLATES, "text", "another variant's prompt")
+    results.answer("codes_only", 0, toy, SMOKE)
+    assert len(asked) == 2
     codes[0] = bu.Codes(1 - toy_codes.users, toy_codes.items)
     results.answer("codes_only", 0, toy, SMOKE)
     assert len(asked) == 4 and len(pd.read_csv(tmp_path / "smoke/data/results/runs.csv")) == 1
+    monkeypatch.setitem(bu.TEMPLATES, "codes", "{user} and {item}?")
+    results.answer("codes_only", 0, toy, SMOKE)
+    assert len(asked) == 6 and "?" in asked[-1][0]
     results.answer("codes_only", 1, toy, SMOKE)
     assert pd.read_csv(tmp_path / "smoke/data/results/runs.csv").seed.tolist() == [0, 1]
+
+
+def test_two_steps_are_stale_when_the_prompt_of_the_first_changes(results, monkeypatch):
+    before = {variant: results.prompts_of(variant) for variant in (*bu.VARIANTS, "long")}
+    monkeypatch.setitem(bu.TEMPLATES, "text", "other words")
+    assert [v for v in before if results.prompts_of(v) != before[v]] == ["text", "two_step"]
 
 
 def test_smaller_samples_are_parts_of_larger_ones(ml1m, results):
@@ -165,21 +177,25 @@ def test_recipes_change_titles_or_digits_alone(ml1m, results):
 
 
 def test_a_recipe_is_tried_once_from_its_own_start(llm, toy, toy_codes, results, tmp_path, monkeypatch):
-    tokenizer, profile, tuned = llm[1], replace(SMOKE, eval_rows=1000), []
+    tokenizer, profile, tuned = llm[1], replace(SMOKE, eval_rows=1000, tune_rows=64), []
 
     def tune(start, tokenizer, prompts, labels, *, batch_size, lr):
         tuned.append((start, prompts, lr))
         return start, pd.DataFrame({"seconds": [7.0]})
 
     monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
-    monkeypatch.setattr(bu, "literate_llm", lambda profile: ("literate", tokenizer, "adapter"))
     monkeypatch.setattr(bu, "load_llm", lambda *args, **options: ("plain", tokenizer))
+    monkeypatch.setattr(bu, "literate_llm", lambda profile, name: (name, tokenizer, "adapter"))
     monkeypatch.setattr(bu, "tune", tune)
     monkeypatch.setattr(bu, "score", lambda model, tokenizer, prompts: np.linspace(0.2, 0.7, len(prompts)))
-    for name in ("as it is", "without bit literacy", "without titles", "as it is"):
+    unseen = "bit by bit, on rows the codes have not seen"
+    for name in ("as it is", "without bit literacy", "without titles", unseen, "as it is"):
         results.recipe(name, toy, profile)
-    assert [(start, lr) for start, _, lr in tuned] == [("literate", 1e-4), ("plain", 1e-3), ("literate", 1e-4)]
+    starts = [("literacy", 1e-4), ("plain", 1e-3), ("literacy", 1e-4), ("pairs", 1e-4)]
+    assert [(start, lr) for start, _, lr in tuned] == starts
     assert tuned[0][1] == tuned[1][1] != tuned[2][1]
+    rows, codes = results.adapters.unseen_rows(toy)
+    assert set(tuned[3][1]) <= set(bu.build_prompts(toy, rows, codes, "bit by bit"))
     table = pd.read_csv(tmp_path / "smoke/data/results/recipes.csv").set_index("recipe")
     assert table.seconds.eq(7).all() and table.tokens["without titles"] < table.tokens["as it is"]
 
