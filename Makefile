@@ -26,7 +26,8 @@ bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python notebooks/readme.py
 
 adapters: $(VENV)/installed ## train what data/adapters holds, two hours; goes on where it was stopped
-	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py long
+	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py pairs
+	$(BIN)/python notebooks/adapters.py long
 
 clean:                     ## forget data, models and adapters that can be fetched or made again
 	rm -rf data/cache

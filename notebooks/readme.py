@@ -160,7 +160,8 @@ def findings(results):
         }
     runs = read["runs"].query("profile == 'patient'").assign(minutes=lambda table: table.tuning_seconds / 60)
     fields["run"] = {row.run: row for row in runs.itertuples()}
-    fields["family"] = {row.family: row for row in read["families"].query("profile == 'patient'").itertuples()}
+    largest = read["families"].query("tuning_rows == tuning_rows.max()")
+    fields["family"] = {row.family: row for row in largest.itertuples()}
     profile = bu.PROFILES["patient"]
     chapters = read["long"].query("chapter_rows == @profile.tune_rows")
     fields["long"] = {
