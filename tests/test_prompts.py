@@ -62,9 +62,9 @@ def test_bit_by_bit_each_digit_of_the_user_has_the_films_beside_it(three):
     for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, "bit by bit")):
         pairs = bu.to_pairs(codes.users[row.user], codes.items[row.item])
         assert text.endswith(' "No". ' + bu.ALIKE_PAIRS.format(pairs=pairs))
-    assert bu.to_pairs([0, 1, 1], [1, 1, 0]) == "01 11 10"
-    with pytest.raises(ValueError, match="3 and 2 bits cannot stand bit by bit"):
-        bu.to_pairs([0, 1, 1], [1, 1])
+    assert bu.to_pairs([0, 1, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1]) == "01 11 10 00 00 00 01 11"
+    with pytest.raises(ValueError, match="8 and 16 bits cannot stand bit by bit"):
+        bu.to_pairs([0] * 8, [1] * 16)
     with pytest.raises(ValueError, match="'bit by bit' writes bits; format 'dotted' has none"):
         bu.build_prompts(dataset, rows, codes, "bit by bit", "dotted")
 
@@ -88,7 +88,7 @@ def test_at_most_ten_titles_and_the_latest(toy):
 def test_bad_calls_are_named(toy, toy_codes):
     with pytest.raises(ValueError, match="pass codes="):
         bu.build_prompts(toy, toy.test)
-    with pytest.raises(ValueError, match=r"choose from \['text', 'codes', 'text\+codes', 'side by side'\]"):
+    with pytest.raises(ValueError, match=r"\['text', 'codes', 'text\+codes', 'side by side', 'bit by bit'\] "):
         bu.build_prompts(toy, toy.test, toy_codes, style="poem")
     with pytest.raises(ValueError, match=r"\['bits', 'dotted', 'hex'\]"):
         bu.build_prompts(toy, toy.test, toy_codes, fmt="octal")
