@@ -169,7 +169,7 @@ def long():
 
     It begins with what `literacy("pairs")` has taught. Each chapter is a run of `tune` on the next rows of one random
     order, from the weights of the chapter before. How well it does on valid, before the first and after each, becomes a
-    row of data/results/long.csv; the adapter that does best there is the one kept.
+    row of data/results/long.csv; the adapter with the highest sum of AUC and UAUC there is the one kept.
     """
     dataset, lr = bu.load_ml1m(), bu.VARIANTS["one_step"][2]
     codes, (rows, codes_then) = bu.cached_codes(dataset), unseen_rows(dataset)
@@ -194,8 +194,11 @@ def long():
         result |= {"seconds": round(curve.seconds.iloc[-1]) if len(part) else 0}
         chapters.append(result)
         bu.put_row(RECORDS / "long.csv", result, ["prompt", "rows", "chapter_rows"])
-        print(f"{result['rows']:,} of {len(order):,} rows: AUC {result['auc']} on {len(valid)} valid rows", flush=True)
-        best = int(np.argmax([chapter["auc"] for chapter in chapters]))
+        print(
+            f"{result['rows']:,} of {len(order):,} rows: {result['auc']}/{result['uauc']} on {len(valid)} valid rows",
+            flush=True,
+        )
+        best = int(np.argmax([chapter["auc"] + chapter["uauc"] for chapter in chapters]))
         if best == len(chapters) - 1:
             card = {"what": "one_step, the chapters before valid says stop", "llm": model.name_or_path}
             card |= {"chapters": chapters, "hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
