@@ -178,7 +178,7 @@ def long():
     similarity = codes.similarity(valid)
     model, tokenizer = bu.load_llm()
     model = bu.load_adapter(model, bu.ADAPTERS / "pairs")
-    chapters, curves = [], [pd.DataFrame({"step": [], "loss": [], "lr": [], "seconds": [], "chapter": []})]
+    chapters, curves = [], [pd.DataFrame(columns=["step", "loss", "lr", "seconds", "valid_auc", "chapter"])]
     for end in range(0, len(order) + CHAPTER, CHAPTER):
         part = order.iloc[max(0, end - CHAPTER) : end]
         if len(part):

@@ -104,11 +104,11 @@ def bench_table(bench):
     return markdown(["what", "here", "plain way", "unit", "times better", "the plain way"], rows)
 
 
-# `findings` fills the fields in: score and less (paired differences, second method minus first, by metric) from
-# metrics.csv and paired.csv, run, family, and the long run's chapters.
+# `findings` fills the fields in: score from metrics.csv, auc and uauc (paired differences, second method minus first)
+# from paired.csv, run, family, literacy (the last exam) and the long run's chapters from the files so named.
 FINDINGS = """\
 With {profile.tune_rows} training rows and {run[one_step].minutes:.0f} minutes of tuning on two cores (profile \
-`patient`, one seed), codes in the prompt raise its AUC on {profile.eval_rows:,} test rows from \
+`patient`, one seed), codes side by side in the prompt raise its AUC on {profile.eval_rows:,} test rows from \
 {score[llm text 2000].auc:.3f} to {score[llm one_step 2000].auc:.3f}; the paired difference is {auc[text, one_step]}.
 
 **What is that worth?** [Notebook 05](notebooks/05_evaluation.ipynb) asks, from answers kept row by row \
@@ -117,22 +117,26 @@ With {profile.tune_rows} training rows and {run[one_step].minutes:.0f} minutes o
 - The model **comes close to the codes alone and does not pass them**: {score[codes ours 2000].auc:.3f} on the same \
 rows, difference {auc[codes alone, one_step]}; in UAUC {uauc[codes alone, one_step]}. Stacking the codes with the \
 text-only model, three fitted weights, does as well in AUC.
+- **Bit by bit it reads nearly all of them.** The correlation of its logit with Hamming similarity, on valid rows and \
+before it has seen a rating, is {literacy[text+codes].correlation:.2f} in the paper's words, \
+{literacy[side by side].correlation:.2f} side by side, and {literacy[bit by bit].correlation:.2f} bit by bit, after \
+half the lessons. So the adapter in `data/adapters/one_step` reads them that way. On **all test rows it reaches \
+{score[llm long 7331].auc:.3f}/{score[llm long 7331].uauc:.3f}** (AUC/UAUC), the codes alone \
+{score[codes ours 7331].auc:.3f}/{score[codes ours 7331].uauc:.3f}; the differences are {auc[codes alone, long]} and \
+{uauc[codes alone, long]}. The paper prints 0.743/0.696 for 7 billion weights and two steps, 0.729/0.684 for one step.
+- **Codes that keep up.** Who has no training row shares one code with all such people. Give each a code from what \
+they rated before the row asked about, as their titles are, and the same adapter, tuned no further, reaches \
+{score[llm long_so_far 7331].auc:.3f}/{score[llm long_so_far 7331].uauc:.3f} on all test rows: against the codes alone \
+as they were {auc[codes alone, long so far]} in AUC and {uauc[codes alone, long so far]} in UAUC. The new codes alone \
+have {score[codes so_far 7331].auc:.3f}/{score[codes so_far 7331].uauc:.3f}.
 - **It is the bits, and only the bits**: random codes bring it to the coin, while false likes, a false title, or \
 asking whether the user would *hate* the film change nothing that can be told. {flips:.0%} of single flipped bits move \
 P(Yes) in the direction that Hamming similarity predicts.
-- **More tuning does not bring it further.** The long run goes through the training split chapter by chapter for as \
-long as valid rows gain by it. It ended by itself: after {long[rows]} rows AUC was {long[auc]} on \
-{long[valid_rows]} valid rows, where the codes alone have {long[hamming_auc]} ([long.csv](data/results/long.csv)). The \
-best of it is in `data/adapters/one_step`; on **all test rows it reaches \
-{score[llm long 7331].auc:.3f}/{score[llm long 7331].uauc:.3f}** (AUC/UAUC), the codes alone \
-{score[codes ours 7331].auc:.3f}/{score[codes ours 7331].uauc:.3f}. The paper prints 0.743/0.696 for 7 billion \
-weights and two steps, 0.729/0.684 for one step. Why it ends so early: the codes were learned from the same training \
-rows; even a logistic regression that weighs every bit, fitted on all of them, ranks valid rows no better than \
-counting equal bits.
-- **Codes that keep up.** Who has no training row shares one code with all such people. Give each a code from what \
-they rated before the row asked about, as their titles are, and the same adapter, tuned no further, reaches \
-{score[llm long_so_far 7331].auc:.3f}/{score[llm long_so_far 7331].uauc:.3f} on all test rows; those codes alone \
-{score[codes so_far 7331].auc:.3f}/{score[codes so_far 7331].uauc:.3f}.
+- **Ratings teach it little.** Codes agree with the rows that they were learned from much better than with others, so \
+the shipped adapter was tuned on later rows, with codes learned from earlier ones. Valid rows still gain next to \
+nothing: AUC {long[auc]} and UAUC {long[uauc]} after {long[rows]} rows, where the codes alone have AUC \
+{long[hamming_auc]} ([long.csv](data/results/long.csv)). Even a logistic regression that weighs every bit, fitted on \
+the whole training split, ranks valid rows no better than counting equal bits.
 - **One step or two** is a toss-up: {auc[one_step, two_step]} on test, and the other way round on valid.
 - **Dotted decimal shortens and blinds**: the prompt falls from {run[one_step].tokens:.0f} tokens to \
 {run[one_step dotted].tokens:.0f}, and AUC changes by {auc[one_step, one_step dotted]} in one step, by \
@@ -151,7 +155,8 @@ literacy, which the others cannot use."""
 
 def findings(results):
     """FINDINGS with the numbers of the records in the folder `results`. Raises ValueError where one is missing."""
-    read = {name: pd.read_csv(results / f"{name}.csv") for name in ("metrics", "paired", "runs", "families", "long")}
+    names = ("metrics", "paired", "runs", "families", "long", "literacy")
+    read = {name: pd.read_csv(results / f"{name}.csv") for name in names}
     one = read["metrics"].query("seed == 0 and bits.fillna(32) == 32 and format.fillna('bits') == 'bits'")
     fields = {"score": {f"{row.model} {row.variant} {row.rows}": row for row in one.itertuples()}}
     for metric, tests in read["paired"].groupby("metric"):
@@ -162,11 +167,13 @@ def findings(results):
     fields["run"] = {row.run: row for row in runs.itertuples()}
     largest = read["families"].query("tuning_rows == tuning_rows.max()")
     fields["family"] = {row.family: row for row in largest.itertuples()}
+    exams = read["literacy"].sort_values("after_course").drop_duplicates(["adapter", "prompt"], keep="last")
+    fields["literacy"] = {row.prompt: row for row in exams.itertuples()}
     profile = bu.PROFILES["patient"]
-    chapters = read["long"].query("chapter_rows == @profile.tune_rows")
+    chapters = read["long"].query("prompt == 'bit by bit'")
     fields["long"] = {
         name: ", ".join(f"{x:.3f}" if name.endswith("auc") else f"{x:,}" for x in chapters[name].drop_duplicates())
-        for name in ("rows", "auc", "valid_rows", "hamming_auc")
+        for name in ("rows", "auc", "uauc", "hamming_auc")
     }
     flips = pd.read_csv(results / "flips-patient.csv")
     flips = flips[flips.bit.notna()].merge(flips[flips.bit.isna()], on="row", suffixes=("", "_before"))
