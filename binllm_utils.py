@@ -1506,27 +1506,32 @@ VARIANTS = {
     "codes_only": ("codes", None, 1e-4),
     "one_step": ("side by side", None, 1e-4),
     "two_step": ("side by side", "text", 1e-4),
+    "bit_by_bit": ("bit by bit", None, 1e-4),
 }
 
 
-def literate_llm(profile, name="literacy"):
-    """(model, tokenizer, start) of the profile's LLM with the adapter that has taught it to read codes.
+def literacy_for(style):
+    """The adapter in data/adapters that has been taught to read codes as prompts of `style` hold them."""
+    return ADAPTERS / ("pairs" if style == "bit by bit" else "literacy")
 
-    name: the adapter's folder in data/adapters; "pairs" reads them bit by bit. start: a fingerprint of that adapter;
-    None, and the plain LLM, where it is for another LLM.
+
+def literate_llm(profile, style="side by side"):
+    """(model, tokenizer, start) of the profile's LLM with the adapter `literacy_for` prompts of `style`.
+
+    start: a fingerprint of that adapter; None, and the plain LLM, where it is for another LLM.
     """
     model, tokenizer = load_llm(profile.llm, layers=profile.layers)
-    start = _literacy(profile, name)
-    return load_adapter(model, ADAPTERS / name) if start else model, tokenizer, start
+    start = _literacy(profile, style)
+    return load_adapter(model, literacy_for(style)) if start else model, tokenizer, start
 
 
 def _llm_name(profile):
     return profile.llm or os.environ.get("BINLLM_LLM") or SMOLLM2
 
 
-def _literacy(profile, name="literacy"):
-    """Fingerprint of an adapter in data/adapters; None where it is not for the profile's whole LLM."""
-    file = ADAPTERS / name / "adapter_model.safetensors"
+def _literacy(profile, style):
+    """Fingerprint of the adapter `literacy_for` the style; None where it is not for the profile's whole LLM."""
+    file = literacy_for(style) / "adapter_model.safetensors"
     card = file.with_name("card.json")
     if profile.layers or not card.exists() or json.loads(card.read_text())["llm"] != _llm_name(profile):
         return None
@@ -1536,14 +1541,14 @@ def _literacy(profile, name="literacy"):
 def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
     """(model, tokenizer, learning curve) of the profile's LLM tuned as one of VARIANTS; tuned now or read from cache.
 
-    Every variant starts from `literate_llm`, titles only too, and the same training rows serve them all. The adapter is
-    saved under data/cache/adapters with a card of all that determined it, and read again only where that card would be
-    the same; a run that was cut short goes on where it was.
+    Every variant starts from its `literate_llm`, titles only too, and the same training rows serve them all. The
+    adapter is saved under data/cache/adapters with a card of all that determined it, and read again only where that
+    card would be the same; a run that was cut short goes on where it was.
     """
     style, first, lr = VARIANTS[variant]
     fmt, written = (None, None) if style == "text" else (fmt, fingerprint(codes.users, codes.items))
     card = {"variant": variant, "style": style, "format": fmt, "codes": written, "seed": seed, "data": dataset.name}
-    card |= {"llm": _llm_name(profile), "layers": profile.layers, "start": _literacy(profile)}
+    card |= {"llm": _llm_name(profile), "layers": profile.layers, "start": _literacy(profile, style)}
     card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "lr": lr, "versions": versions()}
     card |= {"recipe": fingerprint(tune, _training_batches, LORA, build_prompts, TEMPLATES, dataset.train)}
     bits = fmt and f"{codes.bits}bits"
@@ -1554,7 +1559,7 @@ def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
     if first:
         model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed=seed)
     else:
-        model, tokenizer, _ = literate_llm(profile)
+        model, tokenizer, _ = literate_llm(profile, style)
     rows = dataset.train.sample(min(profile.tune_rows, len(dataset.train)), random_state=seed)
     prompts = build_prompts(dataset, rows, codes, style, fmt or "bits")
     kept = CACHE / "checkpoints" / f"{folder.name}-{fingerprint(card)}"

@@ -23,6 +23,7 @@ METHODS = {
     ("llm", "codes_only"): "LLM, codes only",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
+    ("llm", "bit_by_bit"): "LLM, titles + codes bit by bit, one step",
     ("llm", "long"): "LLM, titles + codes, the long run",
     ("llm", "long_so_far"): "the same, unseen users by their past so far",
 }

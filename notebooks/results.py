@@ -38,6 +38,7 @@ RUNS = {
     "one_step": ("one_step", "bits", 32, 1),
     "codes_only": ("codes_only", "bits", 32, 1 / 2),
     "two_step": ("two_step", "bits", 32, 1 / 2),
+    "bit_by_bit": ("bit_by_bit", "bits", 32, 1 / 2),
     "one_step dotted": ("one_step", "dotted", 32, 1 / 2),
     "two_step dotted": ("two_step", "dotted", 32, 1 / 2),
     "one_step hex": ("one_step", "hex", 32, 1 / 4),
@@ -73,7 +74,8 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
     work(ask, style, codes) asks, keeps the answers and returns all its prompts; ask(prompts) is `bu.score`.
     """
     codes, path = bu.cached_codes(dataset, bits), bu.output_folder("data/results", profile) / "runs.csv"
-    start = bu.ADAPTERS / ("one_step" if variant == "long" else "literacy") / "adapter_model.safetensors"
+    folder = bu.ADAPTERS / "one_step" if variant == "long" else bu.literacy_for(bu.VARIANTS[variant][0])
+    start = folder / "adapter_model.safetensors"
     if variant == "long" and not start.exists():
         return print(f"{name}: left out, for {start.parent} is not there; python notebooks/adapters.py long makes it")
     if variant == "long" and (profile.llm or profile.layers):
@@ -305,18 +307,18 @@ def in_groups(prompt):
     return re.sub(r"[01]{16,}", lambda code: " ".join(re.findall("[01]{8}", code[0])), prompt)
 
 
-# One-step tuning with one thing changed: the adapter that it starts from, its prompt, what is done to each prompt, and
-# whether the codes have seen the training rows.
+# One-step tuning with one thing changed: whether it starts from bit literacy, its prompt, what is done to each prompt,
+# and whether the codes have seen the training rows.
 RECIPES = {
-    "as it is": ("literacy", "side by side", str, True),
-    "without bit literacy": (None, "side by side", str, True),
-    "in the paper's words": ("literacy", "text+codes", str, True),
-    "without titles": ("literacy", "codes", str, True),
-    "three titles": ("literacy", "side by side", three_titles, True),
-    "digits in groups of eight": ("literacy", "side by side", in_groups, True),
-    "bit by bit": ("pairs", "bit by bit", str, True),
-    "on rows the codes have not seen": ("literacy", "side by side", str, False),
-    "bit by bit, on rows the codes have not seen": ("pairs", "bit by bit", str, False),
+    "as it is": (True, "side by side", str, True),
+    "without bit literacy": (False, "side by side", str, True),
+    "bit by bit": (True, "bit by bit", str, True),
+    "bit by bit, on rows the codes have not seen": (True, "bit by bit", str, False),
+    "on rows the codes have not seen": (True, "side by side", str, False),
+    "in the paper's words": (True, "text+codes", str, True),
+    "without titles": (True, "codes", str, True),
+    "three titles": (True, "side by side", three_titles, True),
+    "digits in groups of eight": (True, "side by side", in_groups, True),
 }
 
 
@@ -325,8 +327,8 @@ def recipe(name, dataset, profile):
 
     Without bit literacy the LoRA matrices are new and learn at the rate of titles only, ten times as high.
     """
-    start, style, change, seen = RECIPES[name]
-    literacy = (bu.ADAPTERS / start / "adapter_model.safetensors").read_bytes() if start else b""
+    literate, style, change, seen = RECIPES[name]
+    literacy = (bu.literacy_for(style) / "adapter_model.safetensors").read_bytes()
     codes = bu.cached_codes(dataset)
     path = bu.output_folder("data/results", profile) / "recipes.csv"
     row = {"recipe": name, "profile": profile.name}
@@ -340,8 +342,11 @@ def recipe(name, dataset, profile):
         [change(prompt) for prompt in bu.build_prompts(dataset, part, written, style)]
         for part, written in ((train, known), (valid, codes))
     )
-    model, tokenizer = bu.literate_llm(profile, start)[:2] if start else bu.load_llm(profile.llm, layers=profile.layers)
-    lr = bu.VARIANTS["one_step" if start else "text"][2]
+    if literate:
+        model, tokenizer, _ = bu.literate_llm(profile, style)
+    else:
+        model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
+    lr = bu.VARIANTS["one_step" if literate else "text"][2]
     model, curve = bu.tune(model, tokenizer, learn, train.label, batch_size=profile.batch_size, lr=lr)
     p = bu.score(model, tokenizer, ask)
     row |= {"tuning_rows": len(train), "lr": lr, "seconds": round(curve.seconds.iloc[-1])}

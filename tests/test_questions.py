@@ -76,6 +76,13 @@ def test_the_shipped_adapters_are_small_and_say_how_they_were_made(name):
     assert card["courses"] == json.loads(json.dumps(adapters.COURSES[name]))
 
 
+def test_each_prompt_is_read_by_the_adapter_that_was_taught_it():
+    for style in bu.TEMPLATES:
+        card = json.loads((bu.literacy_for(style) / "card.json").read_text())
+        taught = {where for _, lessons in card["courses"] for where, *_ in lessons}
+        assert style in taught or style == "text"
+
+
 def test_another_llm_starts_plain(monkeypatch, llm):
     assert bu.literate_llm(bu.PROFILES["smoke"])[2] is None  # two layers only
     monkeypatch.setattr(bu, "load_llm", lambda *_, **__: llm)

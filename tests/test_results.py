@@ -185,13 +185,13 @@ def test_a_recipe_is_tried_once_from_its_own_start(llm, toy, toy_codes, results,
 
     monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
     monkeypatch.setattr(bu, "load_llm", lambda *args, **options: ("plain", tokenizer))
-    monkeypatch.setattr(bu, "literate_llm", lambda profile, name: (name, tokenizer, "adapter"))
+    monkeypatch.setattr(bu, "literate_llm", lambda profile, style: (f"reads {style}", tokenizer, "adapter"))
     monkeypatch.setattr(bu, "tune", tune)
     monkeypatch.setattr(bu, "score", lambda model, tokenizer, prompts: np.linspace(0.2, 0.7, len(prompts)))
     unseen = "bit by bit, on rows the codes have not seen"
     for name in ("as it is", "without bit literacy", "without titles", unseen, "as it is"):
         results.recipe(name, toy, profile)
-    starts = [("literacy", 1e-4), ("plain", 1e-3), ("literacy", 1e-4), ("pairs", 1e-4)]
+    starts = [("reads side by side", 1e-4), ("plain", 1e-3), ("reads codes", 1e-4), ("reads bit by bit", 1e-4)]
     assert [(start, lr) for start, _, lr in tuned] == starts
     assert tuned[0][1] == tuned[1][1] != tuned[2][1]
     rows, codes = results.adapters.unseen_rows(toy)
