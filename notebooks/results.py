@@ -89,6 +89,8 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
     prompts = work(partial(bu.score, model, tokenizer), style, codes)
     seconds = (time.perf_counter() - began) / len(prompts)
     pair = [] if style == "text" else [bu.FORMATS[fmt](codes.users[0]), bu.FORMATS[fmt](codes.items[0])]
+    if style == "bit by bit":
+        pair = [bu.to_pairs(codes.users[0], codes.items[0])]
     row |= {"variant": variant, "format": fmt if pair else "", "bits": bits if pair else "", "seed": seed}
     row |= {"tuning_seconds": round(tuning, 1), "prompts": len(prompts), "seconds_per_prompt": round(seconds, 4)}
     row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)

@@ -86,6 +86,9 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(llm, toy, toy_codes,
     assert len(asked) == 6 and "?" in asked[-1][0]
     results.answer("codes_only", 1, toy, SMOKE)
     assert pd.read_csv(tmp_path / "smoke/data/results/runs.csv").seed.tolist() == [0, 1]
+    monkeypatch.setattr(results, "load", lambda *_: (None, tokenizer, "bit by bit", 3.0))
+    results.answer("bit_by_bit", 0, toy, SMOKE)
+    assert pd.read_csv(tmp_path / "smoke/data/results/runs.csv").code_tokens.iloc[-1] == 3 * toy_codes.bits - 1
 
 
 def test_two_steps_are_stale_when_the_prompt_of_the_first_changes(results, monkeypatch):
