@@ -24,7 +24,7 @@ METHODS = {
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
     ("llm", "bit_by_bit"): "LLM, titles + codes bit by bit, one step",
-    ("llm", "long"): "LLM, titles + codes, the long run",
+    ("llm", "long"): "LLM, titles + codes bit by bit, on rows the codes have not seen",
     ("llm", "long_so_far"): "the same, unseen users by their past so far",
 }
 
