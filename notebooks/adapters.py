@@ -146,7 +146,7 @@ def lesson_name(where, bits, n, spread):
     return f"{where}, {bits} bits" + (", near one half" if spread else "")
 
 
-LONG_STYLE = "bit by bit"
+LONG_STYLE, _, LONG_LR = bu.VARIANTS["bit_by_bit"]
 CHAPTER = 512  # rows
 PATIENCE = 1  # chapters without a better one, after which the run ends
 
@@ -171,18 +171,18 @@ def long():
     order, from the weights of the chapter before. How well it does on valid, before the first and after each, becomes a
     row of data/results/long.csv; the adapter with the highest sum of AUC and UAUC there is the one kept.
     """
-    dataset, lr = bu.load_ml1m(), bu.VARIANTS["one_step"][2]
+    dataset = bu.load_ml1m()
     codes, (rows, codes_then) = bu.cached_codes(dataset), unseen_rows(dataset)
     valid, order = bu.sample_rows(dataset.valid, 500, seed=1), rows.sample(frac=1, random_state=0)
     asked = bu.build_prompts(dataset, valid, codes, LONG_STYLE)
     similarity = codes.similarity(valid)
     model, tokenizer = bu.load_llm()
-    model = bu.load_adapter(model, bu.ADAPTERS / "pairs")
+    model = bu.load_adapter(model, bu.literacy_for(LONG_STYLE))
     chapters, curves = [], [pd.DataFrame(columns=["step", "loss", "lr", "seconds", "valid_auc", "chapter"])]
     for end in range(0, len(order) + CHAPTER, CHAPTER):
         part = order.iloc[max(0, end - CHAPTER) : end]
         if len(part):
-            options = {"batch_size": 16, "lr": lr, "folder": bu.CACHE / "checkpoints" / f"long-{end}"}
+            options = {"batch_size": 16, "lr": LONG_LR, "folder": bu.CACHE / "checkpoints" / f"long-{end}"}
             learn = bu.build_prompts(dataset, part, codes_then, LONG_STYLE)
             model, curve = bu.tune(model, tokenizer, learn, part.label, **options)
             curves.append(curve.assign(chapter=len(chapters)))
