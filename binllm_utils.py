@@ -979,9 +979,10 @@ def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", fai
     template = TEMPLATES[style] if faithful else TEMPLATES[style].replace(" \\n", "\n")
     nothing = "unkow" if faithful else "none so far"
     prompts = []
-    for liked, user, item, *written in zip(liked_before(dataset, rows), users, items, fields["user"], fields["item"]):
-        text = dict(zip(("user", "item"), written), title=f'"{dataset.titles[item].strip()}"')
+    for place, (liked, user, item) in enumerate(zip(liked_before(dataset, rows), users, items)):
+        text = {name: fields[name][place] for name in fields}
         text["likes"] = ", ".join(f'"{dataset.titles[i]}"' for i in liked) or nothing
+        text["title"] = f'"{dataset.titles[item].strip()}"'
         if style == "bit by bit":
             text["pairs"] = to_pairs(codes.users[user], codes.items[item])
         prompts.append(template.format(**text))

@@ -1,7 +1,7 @@
 """Train what takes longer than a notebook should, and keep it in data/adapters.
 
 python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
-python notebooks/adapters.py pairs       the same for codes that stand bit by bit: twenty minutes
+python notebooks/adapters.py pairs       the same for codes that stand bit by bit: half an hour
 python notebooks/adapters.py long        tune what `pairs` taught on the training split, chapter by chapter, until valid
                                          says stop
 

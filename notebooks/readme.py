@@ -137,8 +137,7 @@ P(Yes) in the direction that Hamming similarity predicts.
 the shipped adapter was tuned on later rows, with codes learned from earlier ones. On valid rows AUC is \
 {long[auc]} and UAUC {long[uauc]} after {long[rows]} of them, where the codes alone have AUC {long[hamming_auc]} \
 ([long.csv](data/results/long.csv)); it was stopped there, not at its end. Even a logistic regression that weighs \
-every bit, fitted on \
-the whole training split, ranks valid rows no better than counting equal bits.
+every bit, fitted on the whole training split, ranks valid rows no better than counting equal bits.
 - **One step or two** is a toss-up: {auc[one_step, two_step]} on test, and the other way round on valid.
 - **Dotted decimal shortens and blinds**: the prompt falls from {run[one_step].tokens:.0f} tokens to \
 {run[one_step dotted].tokens:.0f}, and AUC changes by {auc[one_step, one_step dotted]} in one step, by \

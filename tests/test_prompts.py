@@ -88,7 +88,8 @@ def test_at_most_ten_titles_and_the_latest(toy):
 def test_bad_calls_are_named(toy, toy_codes):
     with pytest.raises(ValueError, match="pass codes="):
         bu.build_prompts(toy, toy.test)
-    with pytest.raises(ValueError, match=r"\['text', 'codes', 'text\+codes', 'side by side', 'bit by bit'\] "):
+    styles = r"choose from \['text', 'codes', 'text\+codes', 'side by side', 'bit by bit'\]"
+    with pytest.raises(ValueError, match=styles):
         bu.build_prompts(toy, toy.test, toy_codes, style="poem")
     with pytest.raises(ValueError, match=r"\['bits', 'dotted', 'hex'\]"):
         bu.build_prompts(toy, toy.test, toy_codes, fmt="octal")
