@@ -1182,7 +1182,7 @@ def _read(model, tokens):
 def _by_prefix(ids, least=3):
     """Positions of `ids`, a dict, grouped by a beginning they share: a list of (number of shared tokens, positions).
 
-    Groups have `least` prompts or more that share at least half of their tokens, but never the last one; all other
+    Groups have `least` prompts or more that share at least a quarter of their tokens, but never the last one; all other
     positions come in one group that shares nothing.
     """
     runs = []  # [shared tokens, most tokens, positions]
@@ -1191,7 +1191,7 @@ def _by_prefix(ids, least=3):
         if runs:
             shared, longest, run = runs[-1]
             common, longest = len(os.path.commonprefix([ids[run[0]][:shared], tokens[:-1]])), max(longest, len(tokens))
-            if 2 * common >= longest:
+            if 4 * common >= longest:
                 run.append(position)
                 runs[-1] = [common, longest, run]
                 continue

@@ -2,8 +2,9 @@
 
 python notebooks/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
 python notebooks/adapters.py pairs       the same for codes that stand bit by bit: half an hour
-python notebooks/adapters.py long        tune what `pairs` taught on the training split, chapter by chapter, until valid
-                                         says stop
+python notebooks/adapters.py codes       how well the codes do that `long` could read, on valid: a minute
+python notebooks/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
+                                         the training split, chapter by chapter, until valid says stop
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -23,8 +24,8 @@ import binllm_utils as bu
 
 RECORDS = ROOT / "data" / "results"
 # For each adapter its courses. Each is one run of `tune`: (highest learning rate, lessons); the next goes on from its
-# weights. A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`. Short codes first, whole
-# prompts last.
+# weights. A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`, and where it is not one, the
+# questions about each row of the training split. Short codes first, whole prompts last.
 COURSES = {
     "literacy": (
         (
@@ -62,24 +63,29 @@ COURSES = {
 BATCH = 32  # questions a step
 
 
-def lesson(dataset, where, bits, n, spread, seed):
+def lesson(dataset, where, bits, n, spread, per_row=1, *, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
     where: "alike" for `bu.ALIKE` alone, "pairs" for `bu.ALIKE_PAIRS`, or a style of `bu.build_prompts` about a row of
-    the training split, each with a user and a film of its own; there are some 500 such rows.
+    the training split, each with a user and a film of its own; there are some 500 such rows. Of each row `per_row`
+    questions follow one another, which `bu.tune` is quick to read, for they begin alike.
     """
     if where in ("alike", "pairs"):
         pairs = bu.code_pairs(n, bits, seed, spread)
         sides = pairs.users, pairs.items
         return short_questions(*sides, where), bu.alike(bu.hamming_similarity(*sides))
-    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item").head(n)
-    if len(rows) < n:
+    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item")
+    if len(rows) * per_row < n:
         raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
-    pairs = bu.code_pairs(dataset.n_users, bits, seed, spread)
-    items = bu.code_pairs(dataset.n_items, bits, seed + 1).items
-    items[rows.item] = pairs.items[rows.user]
-    prompts = bu.build_prompts(dataset, rows, bu.Codes(pairs.users, items), where)
-    return prompts, bu.alike(bu.hamming_similarity(pairs.users[rows.user], items[rows.item]))
+    rows, prompts, labels = rows.head(n // per_row), [], []
+    for turn in range(per_row):
+        pairs = bu.code_pairs(dataset.n_users, bits, seed + 1000 * turn, spread)
+        items = bu.code_pairs(dataset.n_items, bits, seed + 1000 * turn + 1).items
+        items[rows.item] = pairs.items[rows.user]
+        codes = bu.Codes(pairs.users, items)
+        prompts.append(bu.build_prompts(dataset, rows, codes, where))
+        labels.append(bu.alike(codes.similarity(rows)))
+    return [prompt for asked in zip(*prompts) for prompt in asked], np.stack(labels, 1).ravel()
 
 
 def short_questions(users, items, where="alike"):
@@ -105,17 +111,22 @@ def literacy(name="literacy"):
         seconds = curves[0].groupby("course").seconds.max().sum()
     seeds = itertools.count(sum(len(lessons) for _, lessons in done))
     for place, (lr, lessons) in list(enumerate(COURSES[name], 1))[len(done) :]:
-        parts = [dict(zip(("prompt", "label"), lesson(dataset, *what, next(seeds)))) for what in lessons]
-        asked = pd.concat([pd.DataFrame(part).assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
-        options = {"batch_size": BATCH, "lr": lr, "shuffle": False}
-        options["folder"] = bu.CACHE / "checkpoints" / f"{name}-{place}"
-        model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
+        model, curve = teach(dataset, model, tokenizer, lr, lessons, seeds, f"{name}-{place}")
         seconds += curve.seconds.iloc[-1]
-        curves.append(curve.assign(course=place, lesson=asked.lesson.to_list()[::BATCH]))
+        curves.append(curve.assign(course=place))
         exam(dataset, model, tokenizer, name, place)
         card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
         card |= {"seconds": round(seconds), "hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
         bu.save_adapter(model, folder, card, pd.concat(curves))
+
+
+def teach(dataset, model, tokenizer, lr, lessons, seeds, checkpoint):
+    """(model, learning curve) after one course; the curve says which lesson each step belongs to."""
+    parts = [dict(zip(("prompt", "label"), lesson(dataset, *what, seed=next(seeds)))) for what in lessons]
+    asked = pd.concat([pd.DataFrame(part).assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
+    options = {"batch_size": BATCH, "lr": lr, "shuffle": False, "folder": bu.CACHE / "checkpoints" / checkpoint}
+    model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
+    return model, curve.assign(lesson=asked.lesson.to_list()[::BATCH])
 
 
 def exam(dataset, model, tokenizer, name, course):
@@ -142,16 +153,28 @@ def correlation(p, similarity):
     return float(np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1])
 
 
-def lesson_name(where, bits, n, spread):
+def lesson_name(where, bits, n, spread, per_row=1):
     return f"{where}, {bits} bits" + (", near one half" if spread else "")
 
 
 LONG_STYLE, _, LONG_LR = bu.VARIANTS["bit_by_bit"]
-CHAPTER = 512  # rows
+LONG_CODES = (64, 1)  # bits, seed: the best on valid of those in data/results/long_codes.csv
+LONG_LESSONS = (("pairs", 64, 256, 0.1), ("bit by bit", 64, 832, 0.1, 8))
+CHAPTER = 256  # rows
 PATIENCE = 1  # chapters without a better one, after which the run ends
 
 
-def unseen_rows(dataset):
+def try_codes():
+    """AUC and UAUC of codes alone on valid, for two lengths and five seeds: data/results/long_codes.csv."""
+    dataset = bu.load_ml1m()
+    for bits, seed in itertools.product((32, 64), range(5)):
+        similarity = bu.cached_codes(dataset, bits, seed).similarity(dataset.valid)
+        row = {"bits": bits, "seed": seed, "split": "valid"} | bu.evaluate(dataset.valid, similarity)
+        bu.put_row(RECORDS / "long_codes.csv", row, ["bits", "seed"])
+        print(f"{bits} bits, seed {seed}: AUC {row['auc']}, UAUC {row['uauc']}", flush=True)
+
+
+def unseen_rows(dataset, bits=32, seed=0):
     """(rows, codes): the last third of the training split, by time, and codes learned from the two thirds before it.
 
     Codes agree with the rows that they were learned from better than with any others: whoever is tuned on those learns
@@ -160,25 +183,27 @@ def unseen_rows(dataset):
     when, train = dataset.train.timestamp, dataset.train
     stop, cut = (when.quantile(share, interpolation="lower") for share in (0.6, 2 / 3))
     early, watched, late = train[when < stop], train[(when >= stop) & (when < cut)], train[when >= cut]
-    codes, _ = bu.fit_codes(bu.Dataset(early, watched, late, dataset.titles, dataset.name, dataset.tags))
+    codes, _ = bu.fit_codes(bu.Dataset(early, watched, late, dataset.titles, dataset.name, dataset.tags), bits, seed)
     return late, codes
 
 
 def long():
     """One-step tuning, bit by bit, on rows that the codes have not seen, until valid says stop; data/adapters/one_step.
 
-    It begins with what `literacy("pairs")` has taught. Each chapter is a run of `tune` on the next rows of one random
-    order, from the weights of the chapter before. How well it does on valid, before the first and after each, becomes a
-    row of data/results/long.csv; the adapter with the highest sum of AUC and UAUC there is the one kept.
+    It begins with what `literacy("pairs")` has taught, and LONG_LESSONS more, at half the rate. Each chapter is a run
+    of `tune` on the next rows of one random order, from the weights of the chapter before. How well it does on valid,
+    before the first and after each, becomes a row of data/results/long.csv; the adapter with the highest sum of AUC and
+    UAUC there is the one kept.
     """
     dataset = bu.load_ml1m()
-    codes, (rows, codes_then) = bu.cached_codes(dataset), unseen_rows(dataset)
+    codes, (rows, codes_then) = bu.cached_codes(dataset, *LONG_CODES), unseen_rows(dataset, *LONG_CODES)
     valid, order = bu.sample_rows(dataset.valid, 500, seed=1), rows.sample(frac=1, random_state=0)
     asked = bu.build_prompts(dataset, valid, codes, LONG_STYLE)
     similarity = codes.similarity(valid)
     model, tokenizer = bu.load_llm()
     model = bu.load_adapter(model, bu.literacy_for(LONG_STYLE))
-    chapters, curves = [], [pd.DataFrame(columns=["step", "loss", "lr", "seconds", "valid_auc", "chapter"])]
+    model, curve = teach(dataset, model, tokenizer, 5e-4, LONG_LESSONS, itertools.count(100), "long-lessons")
+    chapters, curves = [], [curve.assign(chapter=0)]
     for end in range(0, len(order) + CHAPTER, CHAPTER):
         part = order.iloc[max(0, end - CHAPTER) : end]
         if len(part):
@@ -187,13 +212,13 @@ def long():
             model, curve = bu.tune(model, tokenizer, learn, part.label, **options)
             curves.append(curve.assign(chapter=len(chapters)))
         p = bu.score(model, tokenizer, asked)
-        result = {"prompt": LONG_STYLE, "rows": min(end, len(order)), "chapter_rows": CHAPTER}
+        result = {"prompt": LONG_STYLE, "bits": codes.bits, "rows": min(end, len(order)), "chapter_rows": CHAPTER}
         result |= {"valid_rows": len(valid)} | bu.evaluate(valid, p)
         result |= {"hamming_auc": round(bu.auc(valid.label, similarity), 4)}
         result |= {"correlation": round(correlation(p, similarity), 4)}
-        result |= {"seconds": round(curve.seconds.iloc[-1]) if len(part) else 0}
+        result["seconds"] = round(curve.seconds.iloc[-1])
         chapters.append(result)
-        bu.put_row(RECORDS / "long.csv", result, ["prompt", "rows", "chapter_rows"])
+        bu.put_row(RECORDS / "long.csv", result, ["prompt", "bits", "rows", "chapter_rows"])
         print(
             f"{result['rows']:,} of {len(order):,} rows: {result['auc']}/{result['uauc']} on {len(valid)} valid rows",
             flush=True,
@@ -201,7 +226,8 @@ def long():
         best = int(np.argmax([chapter["auc"] + chapter["uauc"] for chapter in chapters]))
         if best == len(chapters) - 1:
             card = {"what": "one_step, the chapters before valid says stop", "llm": model.name_or_path}
-            card |= {"chapters": chapters, "hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
+            card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters}
+            card |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
             bu.save_adapter(model, bu.ADAPTERS / "one_step", card, pd.concat(curves))
         elif len(chapters) - 1 - best >= PATIENCE:
             print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")
@@ -209,7 +235,7 @@ def long():
 
 
 if __name__ == "__main__":
-    wanted = {"literacy": literacy, "pairs": partial(literacy, "pairs"), "long": long}
+    wanted = {"literacy": literacy, "pairs": partial(literacy, "pairs"), "codes": try_codes, "long": long}
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]]()
