@@ -31,7 +31,7 @@ import adapters
 import binllm_utils as bu
 
 # name: variant, code format, bits, share of the profile's test rows (ALL: every row of the test split, whatever the
-# profile). "long" is the adapter that `adapters.py long` made.
+# profile). "long" is the adapter that `adapters.py long` made; it has codes of its own.
 ALL = None
 RUNS = {
     "text": ("text", "bits", 32, 1),
@@ -44,7 +44,7 @@ RUNS = {
     "one_step hex": ("one_step", "hex", 32, 1 / 4),
     "one_step 16 bits": ("one_step", "bits", 16, 1 / 4),
     "one_step 64 bits": ("one_step", "bits", 64, 1 / 4),
-    "long": ("long", "bits", 32, ALL),
+    "long": ("long", "bits", adapters.LONG_CODES[0], ALL),
 }
 DAY = 24 * 60 * 60  # seconds
 
@@ -73,7 +73,8 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
 
     work(ask, style, codes) asks, keeps the answers and returns all its prompts; ask(prompts) is `bu.score`.
     """
-    codes, path = bu.cached_codes(dataset, bits), bu.output_folder("data/results", profile) / "runs.csv"
+    codes = bu.cached_codes(dataset, *(adapters.LONG_CODES if variant == "long" else (bits,)))
+    path = bu.output_folder("data/results", profile) / "runs.csv"
     folder = bu.ADAPTERS / "one_step" if variant == "long" else bu.literacy_for(bu.VARIANTS[variant][0])
     start = folder / "adapter_model.safetensors"
     if variant == "long" and not start.exists():
@@ -91,7 +92,7 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
     pair = [] if style == "text" else [bu.FORMATS[fmt](codes.users[0]), bu.FORMATS[fmt](codes.items[0])]
     if style == "bit by bit":
         pair = [bu.to_pairs(codes.users[0], codes.items[0])]
-    row |= {"variant": variant, "format": fmt if pair else "", "bits": bits if pair else "", "seed": seed}
+    row |= {"variant": variant, "format": fmt if pair else "", "bits": codes.bits if pair else "", "seed": seed}
     row |= {"tuning_seconds": round(tuning, 1), "prompts": len(prompts), "seconds_per_prompt": round(seconds, 4)}
     row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
     row["code_tokens"] = sum(len(tokenizer(text).input_ids) for text in pair)
@@ -134,15 +135,16 @@ def answer(run, seed, dataset, profile):
 
 
 def so_far(dataset, profile):
-    """The long run's answers about users without a training row, whose codes are those of what they rated since.
+    """The long run's answers where each row's user has the code of what that user had rated before the row.
 
-    The likes in the prompt go up to the row asked about; here the user's code does too, in place of one for all.
+    The likes in the prompt go up to the row asked about; here the user's code does too, in place of one for all rows.
     """
-    rows = dataset.test[~dataset.test.user.isin(dataset.train.user)]
+    rows = sampled(dataset, profile)
 
     def work(ask, style, codes):
-        model, _ = bu.fit_hybrid(dataset)
-        now, prompts = bu.codes_so_far(model, dataset, rows, codes.bits), pd.Series("", rows.index)
+        bits, seed = adapters.LONG_CODES
+        model, _ = bu.fit_hybrid(dataset, seed=seed)
+        now, prompts = bu.codes_so_far(model, dataset, rows, bits, seed), pd.Series("", rows.index)
         for _, part in rows.assign(code=now.users.tolist()).groupby(rows.groupby("user").cumcount()):
             users = codes.users.copy()  # the code of each user's first row, then of each one's second row, ...
             users[part.user] = part.code.to_list()

@@ -32,10 +32,16 @@ def test_more_alike_is_more_likely_yes():
     assert (np.diff(taught) > 0).all() and taught[5] == 0.5 and taught[0] == pytest.approx(1 - taught[10])
 
 
-@pytest.mark.parametrize("where", ["alike", "codes", "side by side", "text+codes", "pairs", "bit by bit"])
-def test_lessons_ask_about_the_codes_they_hold(ml1m, where):
-    prompts, labels = adapters.lesson(ml1m, where, 16, 60, 0.1, seed=4)
+@pytest.mark.parametrize(
+    "where, per_row",
+    [*((where, 1) for where in ("alike", "codes", "side by side", "text+codes", "pairs")), ("bit by bit", 4)],
+)
+def test_lessons_ask_about_the_codes_they_hold(ml1m, where, per_row):
+    prompts, labels = adapters.lesson(ml1m, where, 16, 60, 0.1, per_row, seed=4)
     assert len(prompts) == len(labels) == 60 == len(set(prompts))
+    if where == "bit by bit":  # four questions about each of fifteen rows, one after another
+        beginnings = [prompt.split("User and movie")[0] for prompt in prompts]
+        assert beginnings == [b for b in beginnings[::4] for _ in range(4)] and len(set(beginnings)) == 15
     for prompt, label in zip(prompts, labels):
         if where in ("pairs", "bit by bit"):
             a, b = map("".join, zip(*re.search(r"movie ([01 ]+) alike", prompt)[1].split()))
@@ -100,7 +106,8 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
     for name, value in (("CACHE", tmp_path / "cache"), ("ADAPTERS", tmp_path), ("load_llm", two_layers)):
         monkeypatch.setattr(bu, name, value)
     monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
-    monkeypatch.setattr(bu, "cached_codes", lambda dataset: toy_codes)
+    monkeypatch.setattr(adapters, "LONG_LESSONS", (("pairs", 16, 64, 0.1),))
+    monkeypatch.setattr(bu, "cached_codes", lambda *_: toy_codes)
     monkeypatch.setattr(adapters, "RECORDS", tmp_path)
     return tmp_path
 
@@ -155,6 +162,13 @@ def test_literacy_goes_on_after_the_last_whole_course(in_small, monkeypatch):
         adapters.literacy()
 
 
+def test_the_long_run_reads_the_codes_that_did_best_on_valid():
+    tried = pd.read_csv(bu.ROOT / "data/results/long_codes.csv")
+    best = tried.loc[(tried.auc + tried.uauc).idxmax()]
+    assert (best.bits, best.seed) == adapters.LONG_CODES and len(tried) == 10
+    assert any(bu.ROOT.glob(f"data/codes/ml-1m-{best.bits}bits-seed{best.seed}-*.npz"))
+
+
 def test_unseen_rows_come_after_all_that_their_codes_were_learned_from(toy):
     """Other labels in these rows must leave the codes as they are; other labels before them must not."""
     rows, codes = adapters.unseen_rows(toy)
@@ -183,22 +197,28 @@ def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_smal
     adapters.long()
     record = pd.read_csv(in_small / "long.csv")
     assert record.rows.tolist() == [0, 16, 32] and record.auc.argmax() == 1  # the fourth is not begun
-    assert np.array_equal(weights[0], saved_values(in_small / "pairs"))
+    assert not np.array_equal(weights[0], saved_values(in_small / "pairs"))  # its own lessons come first
     assert np.array_equal(saved_values(in_small / "one_step"), weights[1])
     card = json.loads((in_small / "one_step" / "card.json").read_text())
     assert [chapter["rows"] for chapter in card["chapters"]] == [0, 16]
+    assert pd.read_csv(in_small / "one_step" / "curve.csv").chapter.tolist() == [
+        0,
+        0,
+        1,
+    ]  # two steps of lessons, one of rows
 
 
 def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, monkeypatch):
-    rows, codes = adapters.unseen_rows(toy)
+    rows, codes = adapters.unseen_rows(toy, *adapters.LONG_CODES)
     monkeypatch.setattr(adapters, "CHAPTER", -(-len(rows) // 3))
     monkeypatch.setattr(adapters, "PATIENCE", 3)
     seen, tune = [], bu.tune
 
     def stopped_in_the_second(model, tokenizer, prompts, labels, **options):
-        seen.append(list(prompts))
-        if len(seen) == 2:
-            raise KeyboardInterrupt
+        if options["folder"].name != "long-lessons":
+            seen.append(list(prompts))
+            if len(seen) == 2:
+                raise KeyboardInterrupt
         return tune(model, tokenizer, prompts, labels, **options)
 
     monkeypatch.setattr(bu, "tune", stopped_in_the_second)
