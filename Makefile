@@ -26,8 +26,7 @@ bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python notebooks/readme.py
 
 adapters: $(VENV)/installed ## train what data/adapters holds, two hours; goes on where it was stopped
-	$(BIN)/python notebooks/adapters.py literacy && $(BIN)/python notebooks/adapters.py pairs
-	$(BIN)/python notebooks/adapters.py long
+	for what in literacy pairs codes long; do $(BIN)/python notebooks/adapters.py $$what || exit 1; done
 
 clean:                     ## forget data, models and adapters that can be fetched or made again
 	rm -rf data/cache

@@ -1298,7 +1298,7 @@ def tune(
         state.read(folder)
     curve, check = state.curve, max(1, len(batches) // 10)
     if progress:
-        print(_cost(model, [ids[i] for batch in batches[len(curve) :] for i in batch], tokens))
+        print(_cost(model, batches[len(curve) :], ids, tokens))
     targets = torch.tensor(labels, device=model.device)
     began = time.perf_counter() - (curve[-1][3] if curve else 0)
     saved = time.perf_counter()
@@ -1394,9 +1394,11 @@ def _stopped(curve):
     return len(found) - 1 - found.index(max(found)) >= 3 if found else False
 
 
-def _cost(model, ids, tokens):
-    """What tuning on `ids` will take, in words, judged by the speed of one matrix product on this machine."""
+def _cost(model, batches, ids, tokens):
+    """What tuning on `batches` will take, in words, judged by the speed of one matrix product on this machine."""
     config = model.config
+    parts = [part for batch in batches for part in _training_parts(model, batch, ids, tokens)]
+    count = sum(len(shared) + sum(len(ids[i]) - len(shared) for i in part) for shared, part in parts)
     a = torch.randn(500, config.hidden_size, dtype=compute_dtype(), device=model.device)
     b = torch.randn(config.hidden_size, _inner_size(config), dtype=a.dtype, device=a.device)
     seconds = []
@@ -1404,7 +1406,6 @@ def _cost(model, ids, tokens):
         began = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
-    count = sum(map(len, ids))
     work = 4 * model.num_parameters(exclude_embeddings=True) * count
     minutes = work / (0.6 * 2 * 500 * b.numel() / np.median(seconds)) / 60
     kept = min(tokens, count) * config.num_hidden_layers * _bytes_per_layer(config)

@@ -1,5 +1,6 @@
 """Write the README's tables and findings from the records in data/results, so that no number is typed by hand."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ METHODS = {
     ("llm", "two_step"): "LLM, titles + codes, two steps",
     ("llm", "bit_by_bit"): "LLM, titles + codes bit by bit, one step",
     ("llm", "long"): "LLM, titles + codes bit by bit, on rows the codes have not seen",
-    ("llm", "long_so_far"): "the same, unseen users by their past so far",
+    ("llm", "long_so_far"): "the same, every user by their past so far",
 }
 
 
@@ -105,8 +106,9 @@ def bench_table(bench):
     return markdown(["what", "here", "plain way", "unit", "times better", "the plain way"], rows)
 
 
-# `findings` fills the fields in: score from metrics.csv, auc and uauc (paired differences, second method minus first)
-# from paired.csv, run, family, literacy (the last exam) and the long run's chapters from the files so named.
+# `findings` fills the fields in: score, and its (the codes that the long run reads) from metrics.csv, auc and uauc
+# (paired differences, second method minus first) from paired.csv, run, family, literacy (the last exam) and the long
+# run's chapters from the files so named.
 FINDINGS = """\
 With {profile.tune_rows} training rows and {run[one_step].minutes:.0f} minutes of tuning on two cores (profile \
 `patient`, one seed), codes side by side in the prompt raise its AUC on {profile.eval_rows:,} test rows from \
@@ -121,15 +123,17 @@ text-only model, three fitted weights, does as well in AUC.
 - **Bit by bit it reads nearly all of them.** The correlation of its logit with Hamming similarity, on valid rows and \
 before it has seen a rating, is {literacy[text+codes].correlation:.2f} in the paper's words, \
 {literacy[side by side].correlation:.2f} side by side, and {literacy[bit by bit].correlation:.2f} bit by bit, after \
-half the lessons. So the adapter in `data/adapters/one_step` reads them that way. On **all test rows it reaches \
-{score[llm long 7331].auc:.3f}/{score[llm long 7331].uauc:.3f}** (AUC/UAUC), the codes alone \
-{score[codes ours 7331].auc:.3f}/{score[codes ours 7331].uauc:.3f}; the differences are {auc[codes alone, long]} and \
-{uauc[codes alone, long]}. The paper prints 0.743/0.696 for 7 billion weights and two steps, 0.729/0.684 for one step.
-- **Codes that keep up.** Who has no training row shares one code with all such people. Give each a code from what \
-they rated before the row asked about, as their titles are, and the same adapter, tuned no further, reaches \
-{score[llm long_so_far 7331].auc:.3f}/{score[llm long_so_far 7331].uauc:.3f} on all test rows: against the codes alone \
-as they were {auc[codes alone, long so far]} in AUC and {uauc[codes alone, long so far]} in UAUC. The new codes alone \
-have {score[codes so_far 7331].auc:.3f}/{score[codes so_far 7331].uauc:.3f}.
+half the lessons. So the adapter in `data/adapters/one_step` reads them that way, with codes of {its.bits:.0f} bits \
+that were chosen on valid. On **all test rows it reaches {score[llm long 7331].auc:.3f}/\
+{score[llm long 7331].uauc:.3f}** (AUC/UAUC), those codes alone {its.auc:.3f}/{its.uauc:.3f}; the differences are \
+{auc[its codes alone, long]} and {uauc[its codes alone, long]}. The paper prints 0.743/0.696 for 7 billion weights and \
+two steps, 0.729/0.684 for one step.
+- **Codes that keep up.** The titles in a prompt go up to the row asked about, the codes end with the training months. \
+Give every row the code of what its user had rated before it, and the same adapter, tuned no further, reaches \
+{score[llm long_so_far 2000].auc:.3f}/{score[llm long_so_far 2000].uauc:.3f} on {profile.eval_rows:,} test rows: \
+against the codes alone as they were {auc[its codes alone, long so far]} in AUC and \
+{uauc[its codes alone, long so far]} in UAUC, against the new codes alone \
+{auc[its codes so far, long so far]} and {uauc[its codes so far, long so far]}.
 - **It is the bits, and only the bits**: random codes bring it to the coin, while false likes, a false title, or \
 asking whether the user would *hate* the film change nothing that can be told. {flips:.0%} of single flipped bits move \
 P(Yes) in the direction that Hamming similarity predicts.
@@ -158,8 +162,13 @@ def findings(results):
     """FINDINGS with the numbers of the records in the folder `results`. Raises ValueError where one is missing."""
     names = ("metrics", "paired", "runs", "families", "long", "literacy")
     read = {name: pd.read_csv(results / f"{name}.csv") for name in names}
-    one = read["metrics"].query("seed == 0 and bits.fillna(32) == 32 and format.fillna('bits') == 'bits'")
+    metrics = read["metrics"].fillna({"variant": "", "bits": 32, "format": "bits"})
+    one = metrics.query("seed == 0 and format == 'bits' and (bits == 32 or variant.str.startswith('long'))")
     fields = {"score": {f"{row.model} {row.variant} {row.rows}": row for row in one.itertuples()}}
+    bits, seed = json.loads((bu.ADAPTERS / "one_step" / "card.json").read_text())["codes"]
+    (fields["its"],) = metrics.query(
+        "model == 'codes' and variant == 'ours' and rows == 7331 and bits == @bits and seed == @seed"
+    ).itertuples()
     for metric, tests in read["paired"].groupby("metric"):
         fields[metric] = {
             f"{t.a}, {t.b}": f"{t.difference:+.3f} [{t.low:+.3f}, {t.high:+.3f}]" for t in tests.itertuples()
@@ -171,7 +180,7 @@ def findings(results):
     exams = read["literacy"].sort_values("after_course").drop_duplicates(["adapter", "prompt"], keep="last")
     fields["literacy"] = {row.prompt: row for row in exams.itertuples()}
     profile = bu.PROFILES["patient"]
-    chapters = read["long"].query("prompt == 'bit by bit'")
+    chapters = read["long"].query("prompt == 'bit by bit' and bits == @bits")
     fields["long"] = {
         name: ", ".join(f"{x:.3f}" if name.endswith("auc") else f"{x:,}" for x in chapters[name].drop_duplicates())
         for name in ("rows", "auc", "uauc", "hamming_auc")

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -218,3 +219,8 @@ def test_the_cost_is_told_beforehand(llm, capsys):
     out = capsys.readouterr().out
     tokens = sum(map(len, bu.encode_prompts(*llm, PROMPTS)))
     assert f"tuning on {tokens} tokens: about 0.0 min and 0.1 GB" in out
+    shared = "A user has given high ratings to many films, and here is a list of them that goes on and on. "
+    bu.tune(*llm, [shared + prompt for prompt in PROMPTS], LABELS, batch_size=8)
+    beginning = len(llm[1](shared).input_ids)
+    told = int(re.search(r"tuning on ([\d,]+) tokens", capsys.readouterr().out)[1].replace(",", ""))
+    assert told == pytest.approx(beginning + tokens, abs=10)  # the beginning is read once
