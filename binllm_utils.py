@@ -23,6 +23,7 @@ import urllib.request
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -1302,7 +1303,8 @@ def tune(
     targets = torch.tensor(labels, device=model.device)
     began = time.perf_counter() - (curve[-1][3] if curve else 0)
     saved = time.perf_counter()
-    with tqdm(total=len(batches), initial=len(curve), desc="tuning", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=len(batches), initial=len(curve), desc="tuning", disable=not progress, leave=False)
+    with _one_product(model), bar:
         while len(curve) < len(batches) and not _stopped(curve):
             batch, step = batches[len(curve)], len(curve) + 1
             rate = lr * _warm_up_then_cosine(step, len(batches))
@@ -1338,6 +1340,57 @@ def _with_lora(model):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**LORA))
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x M^T + bias for M = W + scale B A with W frozen: x goes through one product, and so does its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, merged, bias, a, b, scale):
+        ctx.save_for_backward(x, merged, a, b)
+        ctx.scale = scale
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, merged, a, b = ctx.saved_tensors
+        rows, slopes = x.flatten(0, -2), slope.flatten(0, -2)
+        of_a, of_b = (slopes @ b).T @ rows, slopes.T @ (rows @ a.T)
+        return slope @ merged if ctx.needs_input_grad[0] else None, None, None, ctx.scale * of_a, ctx.scale * of_b, None
+
+
+@contextmanager
+def _one_product(model):
+    """While training in float32 on a CPU, LoRA layers without dropout compute one product in place of a sum of two.
+
+    The thin products and the sums that PEFT's own layers make cost a tenth of the time of a step. Takes the weights'
+    memory once more. Where no gradient is asked for, all is as before.
+    """
+    kept = []
+    for layer in model.modules() if model.device.type == "cpu" else ():
+        base = getattr(layer, "base_layer", None)
+        if not isinstance(base, nn.Linear) or base.weight.dtype != torch.float32:
+            continue
+        (name,) = layer.active_adapters
+        if isinstance(layer.lora_dropout[name], nn.Identity):
+            lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+            layer.forward = partial(_with_lora_merged, layer.forward, base, *lora, SimpleNamespace(of=None))
+            kept.append(layer)
+    try:
+        yield
+    finally:
+        for layer in kept:
+            del layer.forward
+
+
+def _with_lora_merged(plain, base, a, b, scale, merged, x):
+    """What `plain(x)` is, by `_LoraProduct`; `merged` keeps its M until an optimizer's step changes A or B."""
+    if not torch.is_grad_enabled():
+        return plain(x)
+    if merged.of != (a._version, b._version):
+        merged.weight = torch.addmm(base.weight, b.detach(), a.detach(), alpha=scale)
+        merged.of = a._version, b._version
+    return _LoraProduct.apply(x, merged.weight, base.bias, a, b, scale)
 
 
 def _training_tokens(model, longest):

@@ -1,5 +1,6 @@
 """Runs of `tune` that are killed, cut short or cannot be kept: what was reached is never lost."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -214,13 +215,32 @@ def test_a_shared_beginning_is_read_once_and_changes_no_gradient(llm, monkeypatc
     assert read[0] < 0.6 * read[1]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_lora_in_one_product_trains_as_pefts_own_layers_do(llm, monkeypatch, dropout):
+    """The same gradients, steps and answers on valid in between; layers with dropout stay as they are."""
+    monkeypatch.setitem(bu.LORA, "lora_dropout", dropout)
+    used, product, found = [], bu._LoraProduct.apply, []
+    monkeypatch.setattr(bu._LoraProduct, "apply", lambda *args: used.append(1) or product(*args))
+    for one_product in (bu._one_product, contextlib.nullcontext):
+        monkeypatch.setattr(bu, "_one_product", lambda model, way=one_product: way(model))
+        options = {"batch_size": 4, "lr": 1e-2, "epochs": 5, "valid": (PROMPTS, LABELS), "progress": False}
+        model, curve = bu.tune(*bu.load_llm(layers=2), PROMPTS, LABELS, **options)
+        lora = [p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name]
+        found.append((curve.loss, curve.valid_auc, torch.cat(lora), len(used)))
+        assert not any("forward" in vars(layer) for layer in model.modules())
+    (loss, auc, weights, first), (plain_loss, plain_auc, plain_weights, both) = found
+    assert np.allclose(loss, plain_loss, atol=1e-4) and np.ptp(loss) > 1e-2
+    assert np.allclose(auc, plain_auc, equal_nan=True) and torch.allclose(weights, plain_weights, atol=1e-3)
+    assert first == both and (first > 0) == (dropout == 0)
+
+
 def test_the_cost_is_told_beforehand(llm, capsys):
     bu.tune(*llm, PROMPTS, LABELS, batch_size=4)
     out = capsys.readouterr().out
     tokens = sum(map(len, bu.encode_prompts(*llm, PROMPTS)))
     assert f"tuning on {tokens} tokens: about 0.0 min and 0.1 GB" in out
     shared = "A user has given high ratings to many films, and here is a list of them that goes on and on. "
-    bu.tune(*llm, [shared + prompt for prompt in PROMPTS], LABELS, batch_size=8)
+    bu.tune(*bu.load_llm(layers=2), [shared + prompt for prompt in PROMPTS], LABELS, batch_size=8)
     beginning = len(llm[1](shared).input_ids)
     told = int(re.search(r"tuning on ([\d,]+) tokens", capsys.readouterr().out)[1].replace(",", ""))
     assert told == pytest.approx(beginning + tokens, abs=10)  # the beginning is read once
