@@ -1462,7 +1462,8 @@ def _cost(model, batches, ids, tokens):
     work = 4 * model.num_parameters(exclude_embeddings=True) * count
     minutes = work / (0.6 * 2 * 500 * b.numel() / np.median(seconds)) / 60
     kept = min(tokens, count) * config.num_hidden_layers * _bytes_per_layer(config)
-    memory = (model.get_memory_footprint() + kept) / 1e9
+    merged = 4 * model.num_parameters(exclude_embeddings=True) if model.device.type == "cpu" else 0  # `_one_product`
+    memory = (model.get_memory_footprint() + merged + kept) / 1e9
     return f"tuning on {count:,} tokens: about {minutes:.1f} min and {memory:.1f} GB"
 
 

@@ -238,7 +238,7 @@ def test_the_cost_is_told_beforehand(llm, capsys):
     bu.tune(*llm, PROMPTS, LABELS, batch_size=4)
     out = capsys.readouterr().out
     tokens = sum(map(len, bu.encode_prompts(*llm, PROMPTS)))
-    assert f"tuning on {tokens} tokens: about 0.0 min and 0.1 GB" in out
+    assert f"tuning on {tokens} tokens: about 0.0 min and 0.2 GB" in out
     shared = "A user has given high ratings to many films, and here is a list of them that goes on and on. "
     bu.tune(*bu.load_llm(layers=2), [shared + prompt for prompt in PROMPTS], LABELS, batch_size=8)
     beginning = len(llm[1](shared).input_ids)
