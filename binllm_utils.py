@@ -21,7 +21,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -1213,7 +1213,8 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     out = np.empty(len(ids))
     model.eval()
     bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
-    with _lora_merged(model, len(ids)), torch.inference_mode(), bar:
+    merged = _one_product(model) if len(ids) >= 32 else nullcontext()  # to merge takes as long as to score a few
+    with merged, torch.inference_mode(), bar:
         for shared, group in _by_prefix(dict(enumerate(ids))):
             past, rest = _read(model, ids[group[0]][:shared]), {i: ids[i][shared:] for i in group}
             for batch in reversed(_split(group, rest, tokens)):  # longest first: if memory is short, it shows at once
@@ -1223,25 +1224,54 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     return out
 
 
-@contextmanager
-def _lora_merged(model, prompts):
-    """LoRA added into the weights it stands beside, for speed, where it is worth it: float32, and not few prompts.
+class _LoraProduct(torch.autograd.Function):
+    """x M^T + bias for M = W + scale B A with W frozen: x goes through one product, and so does its gradient."""
 
-    Afterwards the weights are put back from copies, bit for bit; subtracting would leave rounding errors.
+    @staticmethod
+    def forward(ctx, x, merged, bias, a, b, scale):
+        ctx.save_for_backward(x, merged, a, b)
+        ctx.scale = scale
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, merged, a, b = ctx.saved_tensors
+        rows, slopes = x.flatten(0, -2), slope.flatten(0, -2)
+        of_a, of_b = (slopes @ b).T @ rows, slopes.T @ (rows @ a.T)
+        return slope @ merged if ctx.needs_input_grad[0] else None, None, None, ctx.scale * of_a, ctx.scale * of_b, None
+
+
+@contextmanager
+def _one_product(model):
+    """In float32 on a CPU, LoRA layers without dropout compute one product in place of a sum of two; so do gradients.
+
+    The thin products and the sums that PEFT's own layers make cost a tenth of the time of a step in tuning. Takes the
+    weights' memory once more; the weights themselves stay as they are.
     """
-    weights = [m.base_layer.weight for m in model.modules() if hasattr(m, "base_layer")]
-    if prompts < 32 or not all(weight.dtype == torch.float32 for weight in weights):
-        weights = []
-    kept = [weight.detach().clone() for weight in weights]
+    kept = []
+    for layer in model.modules() if model.device.type == "cpu" else ():
+        base = getattr(layer, "base_layer", None)
+        if not isinstance(base, nn.Linear) or base.weight.dtype != torch.float32 or "forward" in vars(layer):
+            continue
+        (name,) = layer.active_adapters
+        if isinstance(layer.lora_dropout[name], nn.Identity):
+            lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+            layer.forward = partial(_with_lora_merged, base, *lora, SimpleNamespace(of=None))
+            kept.append(layer)
     try:
-        if weights:
-            model.merge_adapter()
         yield
     finally:
-        if weights:
-            model.unmerge_adapter()
-        for weight, old in zip(weights, kept):
-            weight.data.copy_(old)
+        for layer in kept:
+            del layer.forward
+
+
+def _with_lora_merged(base, a, b, scale, merged, x):
+    """The layer's output by `_LoraProduct`; `merged` keeps its M until an optimizer's step changes A or B."""
+    if merged.of != (a._version, b._version):
+        with torch.inference_mode(False), torch.no_grad():  # even while scoring: tuning may go on with it
+            merged.weight = torch.addmm(base.weight, b, a, alpha=scale)
+        merged.of = a._version, b._version
+    return _LoraProduct.apply(x, merged.weight, base.bias, a, b, scale)
 
 
 # As in the paper, but on every linear layer, for a small model hardly learns to read codes through q_proj and v_proj,
@@ -1340,57 +1370,6 @@ def _with_lora(model):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**LORA))
-
-
-class _LoraProduct(torch.autograd.Function):
-    """x M^T + bias for M = W + scale B A with W frozen: x goes through one product, and so does its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, merged, bias, a, b, scale):
-        ctx.save_for_backward(x, merged, a, b)
-        ctx.scale = scale
-        return F.linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx, slope):
-        x, merged, a, b = ctx.saved_tensors
-        rows, slopes = x.flatten(0, -2), slope.flatten(0, -2)
-        of_a, of_b = (slopes @ b).T @ rows, slopes.T @ (rows @ a.T)
-        return slope @ merged if ctx.needs_input_grad[0] else None, None, None, ctx.scale * of_a, ctx.scale * of_b, None
-
-
-@contextmanager
-def _one_product(model):
-    """While training in float32 on a CPU, LoRA layers without dropout compute one product in place of a sum of two.
-
-    The thin products and the sums that PEFT's own layers make cost a tenth of the time of a step. Takes the weights'
-    memory once more. Where no gradient is asked for, all is as before.
-    """
-    kept = []
-    for layer in model.modules() if model.device.type == "cpu" else ():
-        base = getattr(layer, "base_layer", None)
-        if not isinstance(base, nn.Linear) or base.weight.dtype != torch.float32:
-            continue
-        (name,) = layer.active_adapters
-        if isinstance(layer.lora_dropout[name], nn.Identity):
-            lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-            layer.forward = partial(_with_lora_merged, layer.forward, base, *lora, SimpleNamespace(of=None))
-            kept.append(layer)
-    try:
-        yield
-    finally:
-        for layer in kept:
-            del layer.forward
-
-
-def _with_lora_merged(plain, base, a, b, scale, merged, x):
-    """What `plain(x)` is, by `_LoraProduct`; `merged` keeps its M until an optimizer's step changes A or B."""
-    if not torch.is_grad_enabled():
-        return plain(x)
-    if merged.of != (a._version, b._version):
-        merged.weight = torch.addmm(base.weight, b.detach(), a.detach(), alpha=scale)
-        merged.of = a._version, b._version
-    return _LoraProduct.apply(x, merged.weight, base.bias, a, b, scale)
 
 
 def _training_tokens(model, longest):

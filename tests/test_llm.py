@@ -158,6 +158,7 @@ def test_merging_for_speed_changes_neither_scores_nor_weights(llm):
     with pytest.raises(KeyboardInterrupt):
         bu.score(model, tokenizer, prompts, progress=False)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert not any("forward" in vars(layer) for layer in model.modules())
 
 
 def test_two_steps_begin_where_the_first_ended(toy, toy_codes, tmp_path, monkeypatch):

@@ -223,7 +223,7 @@ def test_lora_in_one_product_trains_as_pefts_own_layers_do(llm, monkeypatch, dro
     monkeypatch.setattr(bu._LoraProduct, "apply", lambda *args: used.append(1) or product(*args))
     for one_product in (bu._one_product, contextlib.nullcontext):
         monkeypatch.setattr(bu, "_one_product", lambda model, way=one_product: way(model))
-        options = {"batch_size": 4, "lr": 1e-2, "epochs": 5, "valid": (PROMPTS, LABELS), "progress": False}
+        options = {"batch_size": 4, "lr": 1e-2, "epochs": 5, "valid": (PROMPTS * 4, LABELS * 4), "progress": False}
         model, curve = bu.tune(*bu.load_llm(layers=2), PROMPTS, LABELS, **options)
         lora = [p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name]
         found.append((curve.loss, curve.valid_auc, torch.cat(lora), len(used)))
