@@ -25,7 +25,7 @@ METHODS = {
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
     ("llm", "bit_by_bit"): "LLM, titles + codes bit by bit, one step",
-    ("llm", "long"): "LLM, titles + codes bit by bit, on rows the codes have not seen",
+    ("llm", "long"): "LLM, titles + codes bit by bit, the long run",
     ("llm", "long_so_far"): "the same, every user by their past so far",
 }
 
@@ -137,11 +137,12 @@ against the codes alone as they were {auc[its codes alone, long so far]} in AUC 
 - **It is the bits, and only the bits**: random codes bring it to the coin, while false likes, a false title, or \
 asking whether the user would *hate* the film change nothing that can be told. {flips:.0%} of single flipped bits move \
 P(Yes) in the direction that Hamming similarity predicts.
-- **Ratings teach it little.** Codes agree with the rows that they were learned from much better than with others, so \
-the shipped adapter was tuned on later rows, with codes learned from earlier ones. On valid rows AUC is \
-{long[auc]} and UAUC {long[uauc]} after {long[rows]} of them, where the codes alone have AUC {long[hamming_auc]} \
-([long.csv](data/results/long.csv)); it was stopped there, not at its end. Even a logistic regression that weighs \
-every bit, fitted on the whole training split, ranks valid rows no better than counting equal bits.
+- **Ratings teach it nothing that lasts.** Codes agree with the rows that they were learned from much better than with \
+others, so the long run tunes on later rows, with codes learned from earlier ones, for as long as valid rows gain. On \
+them AUC is {long[auc]} and UAUC {long[uauc]} after {long[rows]} of them, where the codes alone have AUC \
+{long[hamming_auc]} ([long.csv](data/results/long.csv)): **the adapter kept has seen made-up codes only, and no \
+rating**. Even a logistic regression that weighs every bit, fitted on the whole training split, ranks valid rows no \
+better than counting equal bits.
 - **One step or two** is a toss-up: {auc[one_step, two_step]} on test, and the other way round on valid.
 - **Dotted decimal shortens and blinds**: the prompt falls from {run[one_step].tokens:.0f} tokens to \
 {run[one_step dotted].tokens:.0f}, and AUC changes by {auc[one_step, one_step dotted]} in one step, by \
