@@ -188,7 +188,7 @@ def unseen_rows(dataset, bits=32, seed=0):
 
 
 def long():
-    """One-step tuning, bit by bit, on rows that the codes have not seen, until valid says stop; data/adapters/one_step.
+    """One-step tuning, bit by bit, on rows that the codes have not seen, until valid says stop; data/adapters/long.
 
     It begins with what `literacy("pairs")` has taught, and LONG_LESSONS more, at half the rate. Each chapter is a run
     of `tune` on the next rows of one random order, from the weights of the chapter before. How well it does on valid,
@@ -228,7 +228,7 @@ def long():
             card = {"what": "one_step, the chapters before valid says stop", "llm": model.name_or_path}
             card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters}
             card |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
-            bu.save_adapter(model, bu.ADAPTERS / "one_step", card, pd.concat(curves))
+            bu.save_adapter(model, bu.ADAPTERS / "long", card, pd.concat(curves))
         elif len(chapters) - 1 - best >= PATIENCE:
             print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")
             break

@@ -123,7 +123,7 @@ text-only model, three fitted weights, does as well in AUC.
 - **Bit by bit it reads nearly all of them.** The correlation of its logit with Hamming similarity, on valid rows and \
 before it has seen a rating, is {literacy[text+codes].correlation:.2f} in the paper's words, \
 {literacy[side by side].correlation:.2f} side by side, and {literacy[bit by bit].correlation:.2f} bit by bit, after \
-half the lessons. So the adapter in `data/adapters/one_step` reads them that way, with codes of {its.bits:.0f} bits \
+half the lessons. So the adapter in `data/adapters/long` reads them that way, with codes of {its.bits:.0f} bits \
 that were chosen on valid. On **all test rows it reaches {score[llm long 7331].auc:.3f}/\
 {score[llm long 7331].uauc:.3f}** (AUC/UAUC), those codes alone {its.auc:.3f}/{its.uauc:.3f}; the differences are \
 {auc[its codes alone, long]} and {uauc[its codes alone, long]}. The paper prints 0.743/0.696 for 7 billion weights and \
@@ -166,7 +166,7 @@ def findings(results):
     metrics = read["metrics"].fillna({"variant": "", "bits": 32, "format": "bits"})
     one = metrics.query("seed == 0 and format == 'bits' and (bits == 32 or variant.str.startswith('long'))")
     fields = {"score": {f"{row.model} {row.variant} {row.rows}": row for row in one.itertuples()}}
-    bits, seed = json.loads((bu.ADAPTERS / "one_step" / "card.json").read_text())["codes"]
+    bits, seed = json.loads((bu.ADAPTERS / "long" / "card.json").read_text())["codes"]
     (fields["its"],) = metrics.query(
         "model == 'codes' and variant == 'ours' and rows == 7331 and bits == @bits and seed == @seed"
     ).itertuples()

@@ -55,8 +55,8 @@ def load(dataset, codes, profile, variant, fmt="bits", seed=0):
         model, tokenizer, curve = bu.tuned_llm(dataset, codes, profile, variant, fmt, seed)
         return model, tokenizer, bu.VARIANTS[variant][0], curve.seconds.iloc[-1]
     model, tokenizer = bu.load_llm(profile.llm, layers=profile.layers)
-    model = bu.load_adapter(model, bu.ADAPTERS / "one_step")
-    seconds = pd.read_csv(bu.ADAPTERS / "one_step" / "curve.csv").groupby("chapter").seconds.max().sum()
+    model = bu.load_adapter(model, bu.ADAPTERS / "long")
+    seconds = pd.read_csv(bu.ADAPTERS / "long" / "curve.csv").groupby("chapter").seconds.max().sum()
     return model, tokenizer, adapters.LONG_STYLE, seconds
 
 
@@ -75,7 +75,7 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
     """
     codes = bu.cached_codes(dataset, *(adapters.LONG_CODES if variant == "long" else (bits,)))
     path = bu.output_folder("data/results", profile) / "runs.csv"
-    folder = bu.ADAPTERS / "one_step" if variant == "long" else bu.literacy_for(bu.VARIANTS[variant][0])
+    folder = bu.ADAPTERS / "long" if variant == "long" else bu.literacy_for(bu.VARIANTS[variant][0])
     start = folder / "adapter_model.safetensors"
     if variant == "long" and not start.exists():
         return print(f"{name}: left out, for {start.parent} is not there; python notebooks/adapters.py long makes it")

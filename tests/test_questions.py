@@ -198,10 +198,10 @@ def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_smal
     record = pd.read_csv(in_small / "long.csv")
     assert record.rows.tolist() == [0, 16, 32] and record.auc.argmax() == 1  # the fourth is not begun
     assert not np.array_equal(weights[0], saved_values(in_small / "pairs"))  # its own lessons come first
-    assert np.array_equal(saved_values(in_small / "one_step"), weights[1])
-    card = json.loads((in_small / "one_step" / "card.json").read_text())
+    assert np.array_equal(saved_values(in_small / "long"), weights[1])
+    card = json.loads((in_small / "long" / "card.json").read_text())
     assert [chapter["rows"] for chapter in card["chapters"]] == [0, 16]
-    assert pd.read_csv(in_small / "one_step" / "curve.csv").chapter.tolist() == [
+    assert pd.read_csv(in_small / "long" / "curve.csv").chapter.tolist() == [
         0,
         0,
         1,
