@@ -225,7 +225,7 @@ def long():
         )
         best = int(np.argmax([chapter["auc"] + chapter["uauc"] for chapter in chapters]))
         if best == len(chapters) - 1:
-            card = {"what": "one_step, the chapters before valid says stop", "llm": model.name_or_path}
+            card = {"what": "long: lessons, then the chapters before valid says stop", "llm": model.name_or_path}
             card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters}
             card |= {"hardware": bu.hardware(), "versions": bu.versions(), "commit": bu.commit()}
             bu.save_adapter(model, bu.ADAPTERS / "long", card, pd.concat(curves))
