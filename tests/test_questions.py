@@ -201,11 +201,8 @@ def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_smal
     assert np.array_equal(saved_values(in_small / "long"), weights[1])
     card = json.loads((in_small / "long" / "card.json").read_text())
     assert [chapter["rows"] for chapter in card["chapters"]] == [0, 16]
-    assert pd.read_csv(in_small / "long" / "curve.csv").chapter.tolist() == [
-        0,
-        0,
-        1,
-    ]  # two steps of lessons, one of rows
+    curve = pd.read_csv(in_small / "long" / "curve.csv")
+    assert curve.chapter.tolist() == [0, 0, 1]  # two steps of lessons, one of rows
 
 
 def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, monkeypatch):
