@@ -1118,7 +1118,7 @@ def _tokens_at_once(model, layers):
     layers: the activations of how many layers must be kept at a time; all in training, about two else.
     """
     if model.device.type == "cpu":
-        return 500
+        return 600
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(0.7 * free / (layers * _bytes_per_layer(model.config)))
 
@@ -1205,7 +1205,7 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
 
     Prompts that begin alike, such as many candidates for one user, have their beginning read once.
-    tokens_at_once: the size of a batch, padding included; None means 500 on a CPU, whose caches then hold what a layer
+    tokens_at_once: the size of a batch, padding included; None means 600 on a CPU, whose caches then hold what a layer
     passes on, and as many as its memory holds on a GPU.
     """
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
