@@ -38,7 +38,7 @@ RUNS = {
     "one_step": ("one_step", "bits", 32, 1),
     "codes_only": ("codes_only", "bits", 32, 1 / 2),
     "two_step": ("two_step", "bits", 32, 1 / 2),
-    "bit_by_bit": ("bit_by_bit", "bits", 32, 1 / 2),
+    "bit_by_bit": ("bit_by_bit", "bits", 32, 1),
     "one_step dotted": ("one_step", "dotted", 32, 1 / 2),
     "two_step dotted": ("two_step", "dotted", 32, 1 / 2),
     "one_step hex": ("one_step", "hex", 32, 1 / 4),
