@@ -118,7 +118,9 @@ With {profile.tune_rows} training rows and {run[one_step].minutes:.0f} minutes o
 ([scores-patient-test.csv](data/results/scores-patient-test.csv)):
 
 - The model **comes close to the codes alone and does not pass them**: {score[codes ours 2000].auc:.3f} on the same \
-rows, difference {auc[codes alone, one_step]}; in UAUC {uauc[codes alone, one_step]}. Stacking the codes with the \
+rows, difference {auc[codes alone, one_step]}; in UAUC {uauc[codes alone, one_step]}. With the same rows and the same \
+codes written bit by bit it reaches {score[llm bit_by_bit 2000].auc:.3f}, which these rows cannot tell from the codes \
+alone: differences {auc[codes alone, bit_by_bit]} and {uauc[codes alone, bit_by_bit]}. Stacking the codes with the \
 text-only model, three fitted weights, does as well in AUC.
 - **Bit by bit it reads nearly all of them.** The correlation of its logit with Hamming similarity, on valid rows and \
 before it has seen a rating, is {literacy[text+codes].correlation:.2f} in the paper's words, \
