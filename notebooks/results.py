@@ -68,10 +68,11 @@ def prompts_of(variant):
     return bu.VARIANTS[variant], bu.TEMPLATES[style], first and prompts_of(first)
 
 
-def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
-    """Make one run, unless runs.csv says that it was made from the same things, and note it there.
+def make(name, dataset, profile, work, count, variant, fmt="bits", bits=32, seed=0):
+    """Make one run, unless runs.csv says that as many prompts were made from the same things, and note it there.
 
-    work(ask, style, codes) asks, keeps the answers and returns all its prompts; ask(prompts) is `bu.score`.
+    work(ask, style, codes) asks, keeps the answers and returns its prompts, `count` of them; ask(prompts) is
+    `bu.score`.
     """
     codes = bu.cached_codes(dataset, *(adapters.LONG_CODES if variant == "long" else (bits,)))
     path = bu.output_folder("data/results", profile) / "runs.csv"
@@ -83,7 +84,8 @@ def make(name, dataset, profile, work, variant, fmt="bits", bits=32, seed=0):
         return print(f"{name}: left out, for {start.parent} was made for another LLM than that of {profile.name}")
     made_from = (codes.users, codes.items, repr(profile), variant, fmt, prompts_of(variant), start.read_bytes())
     row = {"run": name, "profile": profile.name, "made_from": bu.fingerprint(*made_from)}
-    if path.exists() and (pd.read_csv(path)[list(row)] == row).all(axis=1).any():
+    there = row | {"prompts": count}
+    if path.exists() and (pd.read_csv(path)[list(there)] == there).all(axis=1).any():
         return print(f"{name}: there already", flush=True)
     model, tokenizer, style, tuning = load(dataset, codes, profile, variant, fmt, seed)
     began = time.perf_counter()
@@ -121,17 +123,17 @@ def answer(run, seed, dataset, profile):
     """One of RUNS on the sampled rows of valid and test; `seed` draws the training rows and the new LoRA matrices."""
     variant, fmt, bits, share = RUNS[run]
     name = f"{run}, seed {seed}" if seed else run
+    rows = {split: sampled(dataset, profile, split, share) for split in ("valid", "test")}
 
     def work(ask, style, codes):
         asked = []
-        for split in ("valid", "test"):
-            rows = sampled(dataset, profile, split, share)
-            prompts = bu.build_prompts(dataset, rows, codes, style, fmt)
-            keep(profile, split, name, rows, ask(prompts))
+        for split, part in rows.items():
+            prompts = bu.build_prompts(dataset, part, codes, style, fmt)
+            keep(profile, split, name, part, ask(prompts))
             asked += prompts
         return asked
 
-    make(name, dataset, profile, work, variant, fmt, bits, seed)
+    make(name, dataset, profile, work, sum(map(len, rows.values())), variant, fmt, bits, seed)
 
 
 def so_far(dataset, profile):
@@ -153,7 +155,7 @@ def so_far(dataset, profile):
         keep(profile, "test", "long so far", rows, ask(prompts))
         return prompts
 
-    make("long so far", dataset, profile, work, "long")
+    make("long so far", dataset, profile, work, len(rows), "long")
 
 
 # ------------------------------------------------------------------------------------------------------------ controls
@@ -236,7 +238,7 @@ def control(name, dataset, profile):
         keep(profile, "test", f"control: {name}", rows, ask(prompts))
         return prompts
 
-    make(f"control: {name}", dataset, profile, work, "one_step")
+    make(f"control: {name}", dataset, profile, work, len(rows), "one_step")
 
 
 def flips(dataset, profile):
@@ -259,7 +261,7 @@ def flips(dataset, profile):
             table.to_csv(part, index=False)
         return prompts
 
-    make("flips", dataset, profile, work, "one_step")
+    make("flips", dataset, profile, work, (1 + 32) * len(rows), "one_step")
 
 
 # ------------------------------------------------------------------------------------------------------------- ranking
@@ -297,7 +299,7 @@ def ranking(dataset, profile):
             shown.to_csv(part, index=False)
         return prompts
 
-    make("ranking", dataset, profile, work, "one_step")
+    make("ranking", dataset, profile, work, len(table), "one_step")
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes

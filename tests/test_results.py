@@ -84,6 +84,9 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(llm, toy, toy_codes,
     monkeypatch.setitem(bu.TEMPLATES, "codes", "{user} and {item}?")
     results.answer("codes_only", 0, toy, SMOKE)
     assert len(asked) == 6 and "?" in asked[-1][0]
+    monkeypatch.setitem(results.RUNS, "codes_only", ("codes_only", "bits", 32, 1 / 10))
+    results.answer("codes_only", 0, toy, SMOKE)
+    assert len(asked) == 8 and len(asked[-1]) < len(asked[-3])  # fewer rows are another run
     results.answer("codes_only", 1, toy, SMOKE)
     assert pd.read_csv(tmp_path / "smoke/data/results/runs.csv").seed.tolist() == [0, 1]
     monkeypatch.setattr(results, "load", lambda *_: (None, tokenizer, "bit by bit", 3.0))
