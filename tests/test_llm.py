@@ -37,10 +37,15 @@ def test_scores_equal_the_plain_way_whatever_the_batch(llm):
         for prompt in prompts:
             logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1, [yes, no]]
             plain.append(torch.softmax(logits.double(), 0)[0].item())
+    positions = []
+    last = model.get_decoder().layers[-1].mlp
+    hook = last.register_forward_hook(lambda module, inputs, output: positions.append(output.shape[1]))
     for tokens in (1, 100, None):
         got = bu.score(model, tokenizer, prompts, tokens_at_once=tokens, progress=False)
         assert np.abs(got - plain).max() < 1e-5
+    hook.remove()
     assert np.ptp(plain) > 1e-4  # else the comparison says nothing
+    assert set(positions) == {1} and not last._forward_pre_hooks  # only where the answer stands
 
 
 def candidates(user, n):

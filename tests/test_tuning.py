@@ -234,6 +234,19 @@ def test_lora_in_one_product_trains_as_pefts_own_layers_do(llm, monkeypatch, dro
     assert first == both and (first > 0) == (dropout == 0)
 
 
+def test_activations_computed_twice_train_alike():
+    """What a GPU does whose memory does not hold them."""
+    losses = []
+    for twice in (False, True):
+        model, tokenizer = bu.load_llm(layers=2)
+        if twice:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses.append(
+            bu.tune(model, tokenizer, PROMPTS, LABELS, batch_size=4, lr=1e-2, epochs=4, progress=False)[1].loss
+        )
+    assert np.allclose(*losses, atol=1e-4) and np.ptp(losses[0]) > 1e-2
+
+
 def test_the_cost_is_told_beforehand(llm, capsys):
     bu.tune(*llm, PROMPTS, LABELS, batch_size=4)
     out = capsys.readouterr().out
