@@ -19,7 +19,7 @@ lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 
 results: $(VENV)/installed ## rewrite data/results, and the figures and tables made from it; hours, goes on where it was
 	$(BIN)/python notebooks/results.py
-	$(BIN)/python notebooks/run.py 01 05 06 && $(BIN)/python notebooks/readme.py
+	$(BIN)/python notebooks/run.py 01 05 && $(BIN)/python notebooks/readme.py
 
 bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
