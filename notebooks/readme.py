@@ -169,10 +169,13 @@ better than counting equal bits.
 - With *another user's* code the codes alone keep their UAUC and lose AUC: within a user they tell good films from bad \
 ones rather than one taste from another.
 - **Three families** on {family[text codes].tuning_rows} training rows ([notebook \
-06](notebooks/06_three_ways_to_tell_an_llm.ipynb), AUC on {family[text codes].rows:,} test rows): titles only \
-{family[titles only].auc:.3f}, new ID tokens {family[new tokens].auc:.3f}, mapped embeddings \
-{family[mapped embeddings].auc:.3f}, text codes {family[text codes].auc:.3f}. Text codes come with an hour of bit \
-literacy, which the others cannot use."""
+06](notebooks/06_three_ways_to_tell_an_llm.ipynb), AUC/UAUC on {family[text codes].rows:,} test rows): titles only \
+{family[titles only].auc:.3f}/{family[titles only].uauc:.3f}, new ID tokens \
+{family[new tokens].auc:.3f}/{family[new tokens].uauc:.3f}, mapped embeddings (as in CoLLM) \
+{family[mapped embeddings].auc:.3f}/{family[mapped embeddings].uauc:.3f}, text codes \
+{family[text codes].auc:.3f}/{family[text codes].uauc:.3f}. The last two cannot be told apart. Text codes come with an \
+hour of bit literacy, which the others cannot use; the map costs the model's own language: perplexity on plain text is \
+{family[mapped embeddings].perplexity:.0f} with it and {family[text codes].perplexity:.0f} with text codes."""
 
 
 def findings(results):
