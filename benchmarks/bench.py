@@ -9,6 +9,7 @@ Both sides run in one go, taking turns, and must give the same result; the ratio
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -188,8 +189,6 @@ def child(work, prompts_file, out_file):
 
     The memory is that of the GPU where there is one; option `card` leaves so many bytes of it free and holds the rest.
     """
-    import resource
-
     work = {f.__name__: f for f in (our_scores, plain_scores, our_tuning, trl_tuning)}[work]
     prompts, options = json.loads(Path(prompts_file).read_text())
     card, held = options.pop("card", None), torch.empty(0)
@@ -204,7 +203,8 @@ def child(work, prompts_file, out_file):
     seconds = time.perf_counter() - began
     if scores is not None:
         np.save(out_file, scores)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Linux passes the parent's ru_maxrss on to a child, but not this: kB of this program alone
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
     if torch.cuda.is_available():
         peak = (torch.cuda.max_memory_reserved() - held.nbytes) / 1e9
     print(json.dumps([seconds, peak]))
