@@ -9,7 +9,6 @@ Both sides run in one go, taking turns, and must give the same result; the ratio
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -194,17 +193,17 @@ def child(work, prompts_file, out_file):
     card, held = options.pop("card", None), torch.empty(0)
     if card:
         held = torch.empty(max(0, torch.cuda.mem_get_info()[0] - card), dtype=torch.uint8, device="cuda")
-    model, tokenizer = bu.load_llm()
-    our_scores(model, tokenizer, prompts[:2])  # warm up
-    began = time.perf_counter()
-    scores = work(model, tokenizer, prompts, **options)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    with bu.PeakMemory() as memory:  # not ru_maxrss, into which Linux counts what the parent held
+        model, tokenizer = bu.load_llm()
+        our_scores(model, tokenizer, prompts[:2])  # warm up
+        began = time.perf_counter()
+        scores = work(model, tokenizer, prompts, **options)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
     if scores is not None:
         np.save(out_file, scores)
-    # Linux passes the parent's ru_maxrss on to a child, but not this: kB of this program alone
-    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+    peak = memory.before + memory.gb
     if torch.cuda.is_available():
         peak = (torch.cuda.max_memory_reserved() - held.nbytes) / 1e9
     print(json.dumps([seconds, peak]))

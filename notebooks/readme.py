@@ -224,9 +224,12 @@ def fill(text, name, table):
 def rendered():
     """The README with all tables made anew from the records that are there."""
     text, results = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "data" / "results"
-    tables = {"metrics": (read_metrics, lambda metrics: results_table(metrics[metrics.rows >= SHOWN_ROWS]))}
-    tables["runtimes"] = pd.read_csv, runtimes_table
-    for name, (read, make) in (tables | {"bench": (pd.read_csv, bench_table)}).items():
+    tables = {
+        "metrics": (read_metrics, lambda metrics: results_table(metrics[metrics.rows >= SHOWN_ROWS])),
+        "runtimes": (pd.read_csv, runtimes_table),
+        "bench": (pd.read_csv, bench_table),
+    }
+    for name, (read, make) in tables.items():
         if (results / f"{name}.csv").exists():
             text = fill(text, name, make(read(results / f"{name}.csv")))
     return fill(text, "findings", findings(results))
