@@ -1199,7 +1199,7 @@ def _read(model, tokens):
     return _causal_lm(model).get_decoder()(input_ids=ids, use_cache=True).past_key_values
 
 
-def _by_prefix(ids, least=3):
+def _by_prefix(ids, least=2):
     """Positions of `ids`, a dict, grouped by a beginning they share: a list of (number of shared tokens, positions).
 
     Groups have `least` prompts or more that share at least a quarter of their tokens, but never the last one; all other

@@ -100,8 +100,9 @@ def runtimes_table(runtimes):
 
 def bench_table(bench):
     """The rows of bench.csv."""
-    what = {"codes_fit": "training codes", "uauc": "UAUC of a million rows", "score": "scoring prompts"}
+    what = {"codes_fit": "training codes", "uauc": "UAUC of a million rows", "score": "scoring rows of whole users"}
     what |= {
+        "score_unrelated": "scoring one row a user",
         "score_memory": "memory while scoring",
         "score_candidates": "scoring 200 films for one user",
         "hamming": "ten nearest of a million codes, 2,000 times",

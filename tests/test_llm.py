@@ -89,6 +89,10 @@ def test_groups_hold_each_prompt_once_and_share_what_they_say(ids, least):
             assert len(group) >= least and all(4 * shared >= len(ids[i]) for i in group)
 
 
+def test_two_prompts_that_begin_alike_are_enough_to_share():
+    assert bu._by_prefix({0: [1, 2, 3, 4], 1: [5, 6, 7], 2: [1, 2, 3, 5]}) == [(3, [0, 2]), (0, [1])]
+
+
 def test_the_tokens_that_the_project_stands_on(llm):
     _, tokenizer = llm
     assert tokenizer.tokenize("01101001") == list("01101001")
