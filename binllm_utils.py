@@ -1146,22 +1146,27 @@ def _split(positions, ids, tokens):
     return parts
 
 
-def answer_logit(model, batch, answers, past=None):
-    """logit(Yes) - logit(No) after each token list of `batch`: float32 [len(batch)].
-
-    Only the last position and two rows of the vocabulary are computed. Padding stands on the right, where causal
-    attention never looks, so no mask is needed. `past` is the key-value cache of one beginning that all lists go on
-    from; it is used up.
-    """
-    device = next(model.parameters()).device
+def _padded(batch):
+    """The token lists of `batch` under one another, zeros on the right, and their lengths: int64 tensors."""
     lengths = torch.tensor([len(tokens) for tokens in batch])
     ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
     for row, tokens in enumerate(batch):
         ids[row, : len(tokens)] = torch.tensor(tokens)
+    return ids, lengths
+
+
+def answer_logit(model, batch, answers, past=None, which=None):
+    """logit(Yes) - logit(No) after each token list of `batch`: float32 [len(batch)].
+
+    Only the last position and two rows of the vocabulary are computed. Padding stands on the right, where causal
+    attention never looks, so without a past no mask is needed. `past` is what `_read` made of beginnings that the lists
+    go on from, `which` says from which of them each list does, None from the first; the cache in it is used up.
+    """
+    device = next(model.parameters()).device
+    ids, lengths = _padded(batch)
     options = {"use_cache": False}
     if past is not None:
-        past.batch_repeat_interleave(len(batch))
-        options = {"use_cache": True, "past_key_values": past}
+        options = _going_on(*past, torch.tensor(which or [0] * len(batch)), ids, device)
     rows, decoder = torch.arange(len(batch)), _causal_lm(model).get_decoder()
     with _mlp_of_last_layer_at(decoder, rows, lengths - 1):
         hidden = decoder(input_ids=ids.to(device), **options).last_hidden_state
@@ -1191,12 +1196,23 @@ def _causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _read(model, tokens):
-    """Key-value cache of a beginning; None for an empty one."""
-    if not tokens:
+def _read(model, beginnings):
+    """(key-value cache of `beginnings`, lists of tokens; their lengths). None for the empty beginning."""
+    if not beginnings[0]:
         return None
-    ids = torch.tensor([tokens], device=model.device)
-    return _causal_lm(model).get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    ids, lengths = _padded(beginnings)
+    decoder = _causal_lm(model).get_decoder()
+    return decoder(input_ids=ids.to(model.device), use_cache=True).past_key_values, lengths
+
+
+def _going_on(cache, lengths, which, ids, device):
+    """What a decoder must be told so that each row of `ids` goes on from beginning `which` of those in `cache`."""
+    cache.batch_select_indices(which.to(device))
+    shared, there = lengths[which], torch.arange(cache.get_seq_length())
+    positions = shared[:, None] + torch.arange(ids.shape[1])
+    options = {"use_cache": True, "past_key_values": cache, "position_ids": positions.to(device)}
+    seen = torch.cat([there < shared[:, None], torch.ones_like(ids, dtype=torch.bool)], 1)  # not a beginning's padding
+    return options | {"attention_mask": seen.to(device)}
 
 
 def _by_prefix(ids, least=2):
@@ -1220,6 +1236,18 @@ def _by_prefix(ids, least=2):
     return [(shared, run) for shared, _, run in runs if len(run) >= least] + ([(0, alone)] if alone else [])
 
 
+def _beginnings(ids, tokens):
+    """What to read together: (beginnings of at most `tokens` tokens with the padding, {position in `ids`: its own}).
+
+    A prompt's own beginning is given by its place among them; the empty one comes alone.
+    """
+    groups = _by_prefix(dict(enumerate(ids)))
+    begun = [ids[group[0]][:shared] for shared, group in groups]
+    alone = [[place] for place, shared in enumerate(begun) if not shared]
+    for part in alone + _split([place for place, shared in enumerate(begun) if shared], begun, tokens):
+        yield [begun[place] for place in part], {i: n for n, place in enumerate(part) for i in groups[place][1]}
+
+
 def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
 
@@ -1234,10 +1262,12 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
     bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
     merged = _one_product(model) if len(ids) >= 32 else nullcontext()  # to merge takes as long as to score a few
     with merged, torch.inference_mode(), bar:
-        for shared, group in _by_prefix(dict(enumerate(ids))):
-            past, rest = _read(model, ids[group[0]][:shared]), {i: ids[i][shared:] for i in group}
-            for batch in reversed(_split(group, rest, tokens)):  # longest first: if memory is short, it shows at once
-                logit = answer_logit(model, [rest[i] for i in batch], answers, copy.deepcopy(past))
+        for beginnings, which in _beginnings(ids, tokens):
+            past = _read(model, beginnings)
+            rest = {i: ids[i][len(beginnings[place]) :] for i, place in which.items()}
+            for batch in reversed(_split(rest, rest, tokens)):  # longest first: if memory is short, it shows at once
+                asked = [rest[i] for i in batch], answers, copy.deepcopy(past), [which[i] for i in batch]
+                logit = answer_logit(model, *asked)
                 out[batch] = logit.double().sigmoid().cpu()
                 bar.update(len(batch))
     return out
@@ -1364,7 +1394,7 @@ def tune(
             loss = 0.0
             for beginning, part in _training_parts(model, batch, ids, tokens):
                 with accelerator.autocast():
-                    past = _read(model, beginning)  # anew for each part: the backward pass uses it up
+                    past = _read(model, [beginning])  # anew for each part: the backward pass uses it up
                     logit = answer_logit(model, [ids[i][len(beginning) :] for i in part], answers, past)
                 share = F.binary_cross_entropy_with_logits(logit, targets[part], reduction="sum") / len(batch)
                 accelerator.backward(share)
