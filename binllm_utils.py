@@ -1242,10 +1242,11 @@ def _beginnings(ids, tokens):
     A prompt's own beginning is given by its place among them; the empty one comes alone.
     """
     groups = _by_prefix(dict(enumerate(ids)))
-    begun = [ids[group[0]][:shared] for shared, group in groups]
-    alone = [[place] for place, shared in enumerate(begun) if not shared]
-    for part in alone + _split([place for place, shared in enumerate(begun) if shared], begun, tokens):
-        yield [begun[place] for place in part], {i: n for n, place in enumerate(part) for i in groups[place][1]}
+    beginnings = [ids[group[0]][:shared] for shared, group in groups]
+    common = [g for g, (shared, _) in enumerate(groups) if shared]
+    alone = [[g] for g, (shared, _) in enumerate(groups) if not shared]
+    for part in alone + _split(common, beginnings, tokens):
+        yield [beginnings[g] for g in part], {i: place for place, g in enumerate(part) for i in groups[g][1]}
 
 
 def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
@@ -1266,8 +1267,8 @@ def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
             past = _read(model, beginnings)
             rest = {i: ids[i][len(beginnings[place]) :] for i, place in which.items()}
             for batch in reversed(_split(rest, rest, tokens)):  # longest first: if memory is short, it shows at once
-                asked = [rest[i] for i in batch], answers, copy.deepcopy(past), [which[i] for i in batch]
-                logit = answer_logit(model, *asked)
+                own = copy.deepcopy(past), [which[i] for i in batch]  # the cache is used up
+                logit = answer_logit(model, [rest[i] for i in batch], answers, *own)
                 out[batch] = logit.double().sigmoid().cpu()
                 bar.update(len(batch))
     return out
