@@ -4,8 +4,8 @@ python notebooks/results.py                    every run there is: hours on two 
 python notebooks/results.py one_step control   some; "control" is all of the controls, "recipe" all of the recipes
 
 It goes on where it was stopped: a run whose answers are there, from the same codes, prompts and settings, is not made
-again. Without a GPU the profile is `patient` and the seed 0, unless you ask for more ("one_step, seed 1"); with one it
-is `gpu` and the seeds are 0, 1 and 2. BINLLM_PROFILE chooses another profile.
+again. Without a GPU the profile is `patient` and the seed 0, of the runs in DRAWN 0, 1 and 2, unless you ask for more
+("two_step, seed 1"); with one it is `gpu` and all have three seeds. BINLLM_PROFILE chooses another profile.
 
 The files: scores-PROFILE-SPLIT.csv (P(Yes); a column a run, a line a row of the split), flips-PROFILE.csv,
 ranking-PROFILE.csv, and runs.csv, which says how each was made; recipes.csv tells, on valid, what one-step tuning owes
@@ -46,6 +46,7 @@ RUNS = {
     "one_step 64 bits": ("one_step", "bits", 64, 1 / 4),
     "long": ("long", "bits", adapters.LONG_CODES[0], ALL),
 }
+DRAWN = ("text", "one_step", "bit_by_bit")  # with three draws of the training rows on any machine
 DAY = 24 * 60 * 60  # seconds
 
 
@@ -384,7 +385,7 @@ def main(wanted):
     unknown = set(wanted) - set(runs) - {"control", "recipe"}
     if unknown:
         sys.exit(f"there is no run {unknown.pop()!r}; choose from control, recipe, {', '.join(runs)}")
-    usual = [name for name in runs if torch.cuda.is_available() or ", seed" not in name]
+    usual = [n for n in runs if torch.cuda.is_available() or ", seed" not in n or n.split(",")[0] in DRAWN]
     for name in runs:
         if name in (wanted or usual) or name.split(":")[0] in wanted:
             runs[name](dataset, profile)
