@@ -130,12 +130,15 @@ def bench_table(bench):
 
 
 # `findings` fills the fields in: score, and its (the codes that the long run reads) from metrics.csv, auc and uauc
-# (paired differences, second method minus first) from paired.csv, run, family, literacy (the last exam) and the long
-# run's chapters from the files so named.
+# (paired differences, second method minus first) from paired.csv, draws (all seeds of a variant) from metrics.csv
+# too, run, family, literacy (the last exam) and the long run's chapters from the files so named.
 FINDINGS = """\
 With {profile.tune_rows} training rows and {run[one_step].minutes:.0f} minutes of tuning on two cores (profile \
-`patient`, one seed), codes side by side in the prompt raise its AUC on {profile.eval_rows:,} test rows from \
-{score[llm text 2000].auc:.3f} to {score[llm one_step 2000].auc:.3f}; the paired difference is {auc[text, one_step]}.
+`patient`), codes side by side in the prompt raise its AUC on {profile.eval_rows:,} test rows from \
+{score[llm text 2000].auc:.3f} to {score[llm one_step 2000].auc:.3f}; the paired difference is {auc[text, one_step]}. \
+That is the first of {draws[one_step].n} draws of the training rows; over all of them the means are \
+{draws[text].auc:.3f} and {draws[one_step].auc:.3f}, and two draws of the same tuning differ by at most \
+{draws[text].spread:.3f} and {draws[one_step].spread:.3f}. What follows is of the first draw.
 
 **What is that worth?** [Notebook 05](notebooks/05_evaluation.ipynb) asks, from answers kept row by row \
 ([scores-patient-test.csv](data/results/scores-patient-test.csv)):
@@ -212,6 +215,9 @@ def findings(results):
     exams = read["literacy"].sort_values("after_course").drop_duplicates(["adapter", "prompt"], keep="last")
     fields["literacy"] = {row.prompt: row for row in exams.itertuples()}
     profile = bu.PROFILES["patient"]
+    drawn = metrics.query("model == 'llm' and profile == @profile.name and rows == @profile.eval_rows")
+    drawn = drawn.groupby("variant").auc.agg(n="size", auc="mean", spread=lambda auc: auc.max() - auc.min())
+    fields["draws"] = {row.Index: row for row in drawn.itertuples()}
     chapters = read["long"].query("prompt == 'bit by bit' and bits == @bits")
     fields["long"] = {
         name: ", ".join(f"{x:.3f}" if name.endswith("auc") else f"{x:,}" for x in chapters[name].drop_duplicates())

@@ -73,7 +73,15 @@ def test_the_findings_follow_the_records_and_say_which_is_missing(tmp_path):
     paired = pd.read_csv(tmp_path / "paired.csv")
     first = (paired.a == "text") & (paired.b == "one_step") & (paired.metric == "auc")
     paired.assign(difference=paired.difference.where(~first, 0.1234)).to_csv(tmp_path / "paired.csv", index=False)
-    assert "the paired difference is +0.123 [" in readme.findings(tmp_path)
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    drawn = metrics.profile.eq("patient") & metrics.rows.eq(2000) & metrics.variant.isin(["text", "one_step"])
+    metrics.loc[drawn & metrics.seed.gt(0), "auc"] = 0.9
+    metrics.loc[drawn & metrics.seed.eq(0), "auc"] = 0.6
+    metrics.to_csv(tmp_path / "metrics.csv", index=False)
+    found = readme.findings(tmp_path)
+    assert "from 0.600 to 0.600; the paired difference is +0.123 [" in found
+    assert "3 draws of the training rows; over all of them the means are 0.800 and 0.800" in found
+    assert "differ by at most 0.300 and 0.300" in found
     paired[~first].to_csv(tmp_path / "paired.csv", index=False)
     with pytest.raises(ValueError, match=r"no record of 'text, one_step' for the README; make results"):
         readme.findings(tmp_path)
