@@ -138,11 +138,11 @@ def answer(run, seed, dataset, profile):
 
 
 def so_far(dataset, profile):
-    """The long run's answers where each row's user has the code of what that user had rated before the row.
+    """The long run's answers on the whole test split, each row with the code of what its user had rated before it.
 
     The likes in the prompt go up to the row asked about; here the user's code does too, in place of one for all rows.
     """
-    rows = sampled(dataset, profile)
+    rows = dataset.test
 
     def work(ask, style, codes):
         bits, seed = adapters.LONG_CODES

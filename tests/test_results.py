@@ -142,11 +142,10 @@ def test_a_control_changes_one_thing(ml1m, results, name, changed, most):
 def test_codes_so_far_are_those_of_their_own_row(ml1m, results, monkeypatch):
     """All that changes is the user's code, and it is the code of that very row."""
     monkeypatch.setattr(results.adapters, "LONG_CODES", (32, 1))
-    asked, codes, profile = [], bu.cached_codes(ml1m, 32, 1), replace(SMOKE, eval_rows=len(ml1m.test))
+    asked, codes, rows = [], bu.cached_codes(ml1m, 32, 1), ml1m.test
     monkeypatch.setattr(results, "make", lambda *args: args[3](asked.extend, "side by side", codes))
     monkeypatch.setattr(results, "keep", lambda *args: None)
-    results.so_far(ml1m, profile)
-    rows = results.sampled(ml1m, profile)
+    results.so_far(ml1m, SMOKE)
     model, _ = bu.fit_hybrid(ml1m, seed=1, progress=False)
     now = bu.codes_so_far(model, ml1m, rows, 32, 1)
     before = bu.build_prompts(ml1m, rows, bu.Codes(codes.users, now.items), "side by side")
