@@ -159,7 +159,7 @@ that were chosen on valid. On **all test rows it reaches {score[llm long 7331].a
 {paper[one_step].auc:.4f}/{paper[one_step].uauc:.4f} for one step.
 - **Codes that keep up.** The titles in a prompt go up to the row asked about, the codes end with the training months. \
 Give every row the code of what its user had rated before it, and the same adapter, tuned no further, reaches \
-{score[llm long_so_far 2000].auc:.3f}/{score[llm long_so_far 2000].uauc:.3f} on {profile.eval_rows:,} test rows: \
+{score[llm long_so_far 7331].auc:.3f}/{score[llm long_so_far 7331].uauc:.3f} on all test rows: \
 against the codes alone as they were {auc[its codes alone, long so far]} in AUC and \
 {uauc[its codes alone, long so far]} in UAUC, against the new codes alone \
 {auc[its codes so far, long so far]} and {uauc[its codes so far, long so far]}.
