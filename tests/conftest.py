@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("BINLLM_PROFILE", "smoke")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else each missing name costs half a minute of retries
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # the module, and the scripts beside the notebooks
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
 import pandas as pd
@@ -50,5 +50,5 @@ def ml1m():
 
 @pytest.fixture
 def llm():
-    """The real LLM's first two layers: every code path, a fifteenth of the work. Fresh for each test."""
+    """The real LLM's first two layers, in four bits: every code path, a fifteenth of the work. Fresh for each test."""
     return bu.load_llm(layers=2)

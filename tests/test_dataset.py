@@ -115,6 +115,24 @@ def test_bad_data_is_named(change, message):
         make_dataset(**change)
 
 
+def test_titles_go_by_place_and_are_text():
+    titles = pd.Series([f"Film {i}" for i in range(30)], index=range(1, 31))
+    assert make_dataset(titles=titles).titles[5] == "Film 5"
+    for wrong in (None, float("nan"), 1984):
+        with pytest.raises(ValueError, match="item id 3 has no title"):
+            make_dataset(titles=[wrong if i == 3 else "A" for i in range(30)])
+
+
+@pytest.mark.parametrize("kind", ["int16", "int32", "uint16", "Int64", "int64[pyarrow]"])
+def test_any_integers_give_the_same_histories(ml1m, kind):
+    """ids times times overflowed 32 bits once, without a word."""
+    rows = {split: getattr(ml1m, split).astype({"user": kind, "item": kind}) for split in bu.SPLITS}
+    other = bu.Dataset(**rows, titles=ml1m.titles)
+    few = ml1m.test.sample(100, random_state=0)
+    for a, b in zip(bu.liked_before(ml1m, few), bu.liked_before(other, other.test.loc[few.index])):
+        assert a.tolist() == b.tolist()
+
+
 def test_a_duplicate_row_is_named(toy):
     twice = pd.concat([toy.train, toy.train.iloc[[7]]], ignore_index=True)
     with pytest.raises(ValueError, match=rf"train, row {len(toy.train)}: user \d+ and item \d+ come twice"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import urllib.error
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +13,19 @@ SOURCE = bu.Source("file.zip", hashlib.sha256(CONTENT).hexdigest(), url="https:/
 OTHER = bu.Source("file.whl", "0" * 64, package="no-such-package==1.0")
 
 
-def offline(source, target):
-    raise urllib.error.URLError("Name or service not known")
+def serve(monkeypatch, content):
+    """Let downloads from a URL give `content`; None means that there is no network."""
 
+    class Downloader:
+        def __init__(self, **_):
+            pass
 
-def serving(content):
-    return lambda source, target: target.write_bytes(content)
+        def __call__(self, url, target, _):
+            if content is None:
+                raise urllib.error.URLError("Name or service not known")
+            Path(target).write_bytes(content)
+
+    monkeypatch.setattr("pooch.HTTPDownloader", Downloader)
 
 
 def test_an_error_leaves_the_old_file(tmp_path):
@@ -40,42 +48,43 @@ def test_replacing_puts_files_and_folders(tmp_path):
 
 
 def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(bu, "_download", serving(CONTENT))
+    serve(monkeypatch, CONTENT)
     assert bu.fetch(SOURCE, cache=tmp_path).read_bytes() == CONTENT
-    monkeypatch.setattr(bu, "_download", offline)
+    serve(monkeypatch, None)
     assert bu.fetch(SOURCE, cache=tmp_path).read_bytes() == CONTENT  # from the cache
 
 
 def test_a_wrong_checksum_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(bu, "_download", serving(b"something else"))
-    with pytest.raises(OSError, match="SHA-256 differs"):
+    serve(monkeypatch, b"something else")
+    with pytest.raises(OSError, match="SHA256 hash of downloaded file .*does not match"):
         bu.fetch(SOURCE, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_truncated_file_is_fetched_again(tmp_path, monkeypatch):
     (tmp_path / SOURCE.file).write_bytes(CONTENT[:5])
-    monkeypatch.setattr(bu, "_download", serving(CONTENT))
+    serve(monkeypatch, CONTENT)
     assert bu.fetch(SOURCE, cache=tmp_path).read_bytes() == CONTENT
 
 
 def test_a_truncated_file_without_network_is_named_and_kept(tmp_path, monkeypatch):
     (tmp_path / SOURCE.file).write_bytes(CONTENT[:5])
-    monkeypatch.setattr(bu, "_download", offline)
+    serve(monkeypatch, None)
     with pytest.raises(OSError, match=r"file\.zip is there but damaged"):
         bu.fetch(SOURCE, cache=tmp_path)
     assert (tmp_path / SOURCE.file).read_bytes() == CONTENT[:5]
 
 
 def test_no_network_and_no_cache_names_every_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(bu, "_download", offline)
+    serve(monkeypatch, None)
     with pytest.raises(OSError, match=r"file\.zip: .*nor no-such-package==1\.0: .*Go online .* or put file\.zip into"):
         bu.fetch(SOURCE, OTHER, cache=tmp_path)
 
 
 def test_the_second_source_serves_when_the_first_cannot(tmp_path, monkeypatch):
     second = bu.Source("second.whl", SOURCE.sha256, package="some==1")
-    monkeypatch.setattr(bu, "_download", lambda s, t: t.write_bytes(CONTENT) if s is second else offline(s, t))
+    serve(monkeypatch, None)
+    monkeypatch.setattr(bu.Source, "__call__", lambda self, url, target, _: Path(target).write_bytes(CONTENT))
     assert bu.fetch(SOURCE, second, cache=tmp_path) == tmp_path / "second.whl"
 
 
@@ -89,13 +98,27 @@ def test_the_registry_client_says_no_in_one_line(tmp_path):
 
 def test_an_unknown_profile_is_named(monkeypatch):
     monkeypatch.setenv("BINLLM_PROFILE", "huge")
-    with pytest.raises(ValueError, match="'huge'; choose one of smoke, cpu, patient, gpu, paper"):
+    with pytest.raises(ValueError, match="'huge'; choose one of smoke, cpu, patient, full, large, paper"):
         bu.current_profile()
 
 
-def test_a_fingerprint_follows_content(toy, tmp_path):
-    same = bu.fingerprint(bu.tune, toy.train, 3)
-    assert same == bu.fingerprint(bu.tune, toy.train.copy(), 3)
+def test_the_llm_of_the_environment_wins_over_a_profiles(monkeypatch):
+    monkeypatch.setenv("BINLLM_PROFILE", "large")
+    assert bu.current_profile().llm == "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    monkeypatch.setenv("BINLLM_LLM", "")  # as good as not set
+    assert bu.current_profile().llm == "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    monkeypatch.setenv("BINLLM_LLM", "mine")
+    assert bu.current_profile().llm == "mine"
+
+
+def test_the_papers_profile_takes_the_papers_lora():
+    assert bu.PROFILES["paper"].lora == "paper" and bu.LORA["paper"]["target_modules"] == ["q_proj", "v_proj"]
+    assert (bu.LORA["paper"]["r"], bu.LORA["paper"]["lora_alpha"], bu.LORA["paper"]["lora_dropout"]) == (8, 16, 0.05)
+
+
+def test_a_digest_follows_content(toy):
+    same = bu.digest(toy.train, 3, {"a": 1})
+    assert same == bu.digest(toy.train.copy(), 3, {"a": 1})
     changed = toy.train.copy()
     changed.loc[0, "label"] ^= 1
-    assert len({same, bu.fingerprint(bu.tune, changed, 3), bu.fingerprint(bu.score, toy.train, 3)}) == 3
+    assert len({same, bu.digest(changed, 3, {"a": 1}), bu.digest(toy.train, 4, {"a": 1})}) == 3

@@ -85,15 +85,15 @@ def panel():
 def test_the_bootstrap_draws_users(panel):
     """Its AUC values are those of really repeating the drawn users' rows."""
     users, labels, scores = panel
-    values = bu._bootstrap(users, labels, scores[:, None], draws=5, seed=7)[:, :, 0]
+    values = bu._bootstrap(users, labels, scores, draws=5, seed=7)
     counts = np.random.default_rng(7).multinomial(200, np.full(200, 1 / 200), size=5)
     for draw in range(5):
         rows = np.repeat(np.arange(2000), counts[draw][users])
-        assert values[0, draw] == pytest.approx(roc_auc_score(labels[rows], scores[rows]), abs=1e-12)
+        assert values["auc"][draw] == pytest.approx(roc_auc_score(labels[rows], scores[rows]), abs=1e-12)
         each = loop_uauc(users, labels, scores)
         times = [counts[draw][user] for user in each]
         weighted = np.average(list(each.values()), weights=times)
-        assert values[1, draw] == pytest.approx(weighted, abs=1e-12)
+        assert values["uauc"][draw] == pytest.approx(weighted, abs=1e-12)
 
 
 def test_intervals_hold_the_value_and_narrow_with_users(panel):

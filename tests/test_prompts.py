@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from conftest import make_dataset
 
+import binllm_extras as bx
 import binllm_utils as bu
 
 
@@ -43,7 +44,7 @@ def test_the_text_only_prompt_byte_for_byte(three):
 def test_clean_mode_differs_in_the_typing_errors_only(three):
     dataset, rows, codes = three
     for style in bu.TEMPLATES:
-        clean = bu.build_prompts(dataset, rows, codes, style)
+        clean = bu.build_prompts(dataset, rows, codes, style, history="row")
         faithful = bu.build_prompts(dataset, rows, codes, style, faithful=True)
         assert clean == [text.replace(" \\n", "\n").replace("unkow", "none so far") for text in faithful]
         assert all('Answer with "Yes" or "No".' in text and text.endswith("\n#Answer:") for text in clean)
@@ -51,22 +52,20 @@ def test_clean_mode_differs_in_the_typing_errors_only(three):
 
 def test_side_by_side_ends_in_the_question_of_the_lessons(three):
     dataset, rows, codes = three
-    for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, "side by side")):
+    for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, bx.SIDE_BY_SIDE)):
         a, b = bu.to_bits(codes.users[row.user]), bu.to_bits(codes.items[row.item])
-        assert text.endswith(' "No". ' + bu.ALIKE.format(a=a, b=b))
+        assert text.endswith(' "No". ' + bx.ALIKE.format(user=a, item=b))
         assert f'titled "{dataset.titles[row.item].strip()}"?' in text
 
 
 def test_bit_by_bit_each_digit_of_the_user_has_the_films_beside_it(three):
     dataset, rows, codes = three
-    for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, "bit by bit")):
-        pairs = bu.to_pairs(codes.users[row.user], codes.items[row.item])
-        assert text.endswith(' "No". ' + bu.ALIKE_PAIRS.format(pairs=pairs))
-    assert bu.to_pairs([0, 1, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1]) == "01 11 10 00 00 00 01 11"
+    for row, text in zip(rows.itertuples(), bu.build_prompts(dataset, rows, codes, bx.BIT_BY_BIT)):
+        pairs = bx.to_pairs(codes.users[row.user], codes.items[row.item])
+        assert text.endswith(' "No". ' + bx.ALIKE_PAIRS.format(pairs=pairs))
+    assert bx.to_pairs([0, 1, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1]) == "01 11 10 00 00 00 01 11"
     with pytest.raises(ValueError, match="8 and 16 bits cannot stand bit by bit"):
-        bu.to_pairs([0] * 8, [1] * 16)
-    with pytest.raises(ValueError, match="'bit by bit' writes bits; format 'dotted' has none"):
-        bu.build_prompts(dataset, rows, codes, "bit by bit", "dotted")
+        bx.to_pairs([0] * 8, [1] * 16)
 
 
 def test_codes_only_shows_no_title(three):
@@ -88,13 +87,50 @@ def test_at_most_ten_titles_and_the_latest(toy):
 def test_bad_calls_are_named(toy, toy_codes):
     with pytest.raises(ValueError, match="pass codes="):
         bu.build_prompts(toy, toy.test)
-    styles = r"choose from \['text', 'codes', 'text\+codes', 'side by side', 'bit by bit'\]"
-    with pytest.raises(ValueError, match=styles):
-        bu.build_prompts(toy, toy.test, toy_codes, style="poem")
-    with pytest.raises(ValueError, match=r"\['bits', 'dotted', 'hex'\]"):
-        bu.build_prompts(toy, toy.test, toy_codes, fmt="octal")
+    choices = r"choose from text, codes, text\+codes; bits, dotted; sitting, row"
+    for wrong in ({"style": "poem"}, {"fmt": "octal"}, {"history": "future"}):
+        with pytest.raises(ValueError, match=choices):
+            bu.build_prompts(toy, toy.test, toy_codes, **wrong)
+    with pytest.raises(ValueError, match="item -1 has no title; there are titles for 0 to 29"):
+        bu.build_prompts(toy, toy.test.assign(item=-1), style="text")
     few = bu.Codes(toy_codes.users[:5], toy_codes.items)
-    with pytest.raises(ValueError, match=r"user \d+ has no code; codes hold 5 users"):
+    with pytest.raises(ValueError, match=r"user \d+ has no code; there are codes for 0 to 4"):
         bu.build_prompts(toy, toy.test, few)
     assert bu.build_prompts(toy, toy.test.iloc[:0], toy_codes) == []
     assert np.shape(bu.build_prompts(toy, toy.test, toy_codes)) == (len(toy.test),)
+
+
+def test_rows_of_a_sitting_show_what_was_liked_before_it_began(ml1m):
+    rows = ml1m.test.head(400)
+    began = bu.sittings(ml1m, rows)
+    assert (began <= rows.timestamp).all() and (rows.timestamp - began <= 6 * 3600).all()
+    prompts = bu.build_prompts(ml1m, rows, style="text")
+    stem = [prompt.split(". Leverage")[0] for prompt in prompts]
+    by_sitting = pd.DataFrame({"user": rows.user, "began": began, "stem": stem})
+    assert (by_sitting.groupby(["user", "began"]).stem.nunique() == 1).all()
+    then = rows.assign(timestamp=began)
+    assert prompts == [
+        new.replace(new.split(". Leverage")[0], old.split(". Leverage")[0])
+        for new, old in zip(
+            bu.build_prompts(ml1m, rows, style="text", history="row"),
+            bu.build_prompts(ml1m, then, style="text", history="row"),
+        )
+    ]
+
+
+def test_a_new_sitting_begins_after_six_hours():
+    train = pd.DataFrame({"user": [0, 0, 0, 1], "item": [0, 1, 2, 0], "label": [1, 1, 0, 1]})
+    train["timestamp"] = [0, 6 * 3600, 6 * 3600 + 1, 5]
+    dataset = make_dataset(train=train)
+    assert bu.sittings(dataset, train).tolist() == [0, 0, 6 * 3600 + 1, 5]
+    elsewhere = pd.DataFrame({"user": [0, 99], "timestamp": [100, 7]})  # not in the data: a sitting of its own
+    assert bu.sittings(dataset, elsewhere).tolist() == [100, 7]
+
+
+def test_fewer_titles_and_other_templates(toy, toy_codes):
+    rows = toy.test.head(30)
+    for text in bu.build_prompts(toy, rows, style="text", likes=3):
+        assert text.split("movies: ")[1].split(". Leverage")[0].count('"') <= 6
+    (mine,) = bu.build_prompts(toy, rows.head(1), toy_codes, "Film {title}, {item}?", fmt=bx.to_hex)
+    row = rows.iloc[0]
+    assert mine == f'Film "{toy.titles[row["item"]]}", {bx.to_hex(toy_codes.items[row["item"]])}?'

@@ -3,26 +3,31 @@
 import pandas as pd
 import pytest
 import readme
+import records
 import run
 
 import binllm_utils as bu
 
-ROW = {"dataset": "toy", "split": "test", "rows": 10, "model": "codes", "variant": "ours", "bits": 32, "seed": 0}
+ROW = {"dataset": "toy", "split": "test", "rows": 10, "model": "codes", "variant": "ste", "bits": 32, "seed": 0}
 NUMBERS = {"auc": 0.7, "auc_lo": 0.6, "auc_hi": 0.8, "uauc": 0.6, "uauc_lo": 0.5, "uauc_hi": 0.7, "users": 5}
 
 
 @pytest.fixture
 def smoke(tmp_path, monkeypatch):
-    monkeypatch.setattr(bu, "CACHE", tmp_path)
-    return bu.PROFILES["smoke"], tmp_path / "smoke/data/results/metrics.csv"
+    monkeypatch.setattr(bu, "OUTPUT", tmp_path)
+    return bu.PROFILES["smoke"], tmp_path / "results/metrics.csv"
+
+
+def put(path, row):
+    records.put_row(path, {column: row.get(column) for column in records.METRIC_COLUMNS}, records.METRIC_COLUMNS[:9])
 
 
 def test_a_row_replaces_only_the_one_it_repeats(smoke):
     profile, path = smoke
     for change in ({}, {"seed": 1}, {"format": "dotted"}, {"auc": 0.75}):
-        bu.record(profile, **(ROW | NUMBERS | change))
+        put(path, ROW | NUMBERS | change)
     table = pd.read_csv(path)
-    assert list(table.columns) == bu.METRIC_COLUMNS
+    assert list(table.columns) == records.METRIC_COLUMNS
     assert len(table) == 3  # the last one repeats the first
     assert table.auc.tolist() == [0.7, 0.7, 0.75] and table.seed.tolist() == [1, 0, 0]
     assert table.hardware.notna().all() and table.versions.str.contains("torch 2.13.0").all()
@@ -33,58 +38,51 @@ def test_a_file_of_another_schema_is_kept(smoke):
     path.parent.mkdir(parents=True)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"metrics\.csv: its columns are not those of this version"):
-        bu.record(profile, **ROW, **NUMBERS)
+        put(path, ROW | NUMBERS)
     assert path.read_text() == "a,b\n1,2\n"
 
 
+def test_a_result_is_recorded_with_its_numbers(smoke, toy):
+    profile, path = smoke
+    scores = bu.popularity_baseline(toy, toy.test)
+    records.record(profile, toy.test, scores, dataset="toy", split="test", model="popularity")
+    (row,) = pd.read_csv(path).itertuples()
+    assert (row.rows, row.profile, row.auc) == (100, "smoke", round(bu.auc(toy.test.label, scores), 4))
+
+
 def test_the_smoke_profile_never_writes_into_the_repository():
-    for kind in ("figures", "data/results"):
-        assert bu.output_folder(kind, bu.PROFILES["smoke"]).is_relative_to(bu.CACHE)
-        assert bu.output_folder(kind, bu.PROFILES["cpu"]) == bu.ROOT / kind
+    assert records.results_folder(bu.PROFILES["smoke"]).is_relative_to(bu.OUTPUT)
+    assert records.results_folder(bu.PROFILES["cpu"]) == bu.ROOT / "data" / "results"
 
 
 def test_the_committed_records_have_the_agreed_columns():
     table = pd.read_csv(bu.ROOT / "data/results/metrics.csv")
-    assert list(table.columns) == bu.METRIC_COLUMNS
-    assert not table.duplicated(bu.METRIC_COLUMNS[:9]).any()
+    assert list(table.columns) == records.METRIC_COLUMNS
+    assert not table.duplicated(records.METRIC_COLUMNS[:9]).any()
     assert (table.profile != "smoke").all()
     assert ((table.auc_lo <= table.auc) & (table.auc <= table.auc_hi)).all()
 
 
-def test_the_readmes_tables_are_made_from_the_records():
-    assert readme.rendered() == (bu.ROOT / "README.md").read_text(encoding="utf-8"), "run notebooks/readme.py"
+def test_the_tables_are_made_from_the_records():
+    for text, path in zip(readme.rendered(), (bu.ROOT / "README.md", bu.ROOT / "docs" / "RESULTS.md")):
+        assert text == path.read_text(encoding="utf-8"), "run python scripts/readme.py"
+
+
+def test_the_readme_is_short_and_its_table_too():
+    text = (bu.ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("<!-- metrics -->")[1].split("<!-- end of metrics -->")[0]
+    assert len(text.split()) < 1500 and 3 < table.count("\n") - 2 <= 2 + readme.README_ROWS
 
 
 def test_a_table_holds_what_the_record_says():
-    row = ROW | NUMBERS | {"profile": "cpu", "hardware": "a box"}
+    row = ROW | NUMBERS | {"profile": "cpu", "hardware": "a box", "format": ""}
     rows = [row, row | {"seed": 1, "auc": 0.8, "auc_lo": 0.7, "uauc": 0.5}, row | {"bits": 64, "seconds": 3.0}]
-    table = pd.DataFrame([{column: row.get(column) for column in bu.METRIC_COLUMNS} for row in rows])
+    table = pd.DataFrame([{column: row.get(column) for column in records.METRIC_COLUMNS} for row in rows])
     lines = [line for line in readme.results_table(table).splitlines() if "codes alone" in line]
     two, one = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert two[0].endswith("32 bits") and one[0].endswith("64 bits")
-    assert two[1:7] == ["10", "2", "0.7500 ± 0.0707 [0.650, 0.800]", "0.5500 ± 0.0707 [0.500, 0.700]", "", "5"]
-    assert one[1:8] == ["10", "1", "0.7000 [0.600, 0.800]", "0.6000 [0.500, 0.700]", "", "5", "3 s"]
-    assert readme.results_table(table).endswith("Made on a box.")
-
-
-def test_the_findings_follow_the_records_and_say_which_is_missing(tmp_path):
-    for file in (bu.ROOT / "data/results").glob("*.csv"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    paired = pd.read_csv(tmp_path / "paired.csv")
-    first = (paired.a == "text") & (paired.b == "one_step") & (paired.metric == "auc")
-    paired.assign(difference=paired.difference.where(~first, 0.1234)).to_csv(tmp_path / "paired.csv", index=False)
-    metrics = pd.read_csv(tmp_path / "metrics.csv")
-    drawn = metrics.profile.eq("patient") & metrics.rows.eq(2000) & metrics.variant.isin(["text", "one_step"])
-    metrics.loc[drawn & metrics.seed.gt(0), "auc"] = 0.9
-    metrics.loc[drawn & metrics.seed.eq(0), "auc"] = 0.6
-    metrics.to_csv(tmp_path / "metrics.csv", index=False)
-    found = readme.findings(tmp_path)
-    assert "from 0.600 to 0.600; the paired difference is +0.123 [" in found
-    assert "3 draws of the training rows; over all of them the means are 0.800 and 0.800" in found
-    assert "differ by at most 0.300 and 0.300" in found
-    paired[~first].to_csv(tmp_path / "paired.csv", index=False)
-    with pytest.raises(ValueError, match=r"no record of 'text, one_step' for the README; make results"):
-        readme.findings(tmp_path)
+    assert two[1:4] == ["2", "0.7500 ± 0.0707 [0.650, 0.800]", "0.5500 ± 0.0707 [0.500, 0.700]"]
+    assert one[1:5] == ["1", "0.7000 [0.600, 0.800]", "0.6000 [0.500, 0.700]", "3 s"]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +90,11 @@ def test_the_findings_follow_the_records_and_say_which_is_missing(tmp_path):
     [
         ({}, r"line 3: the same result is there twice"),
         ({"seed": ""}, r"line 3: a codes without its seed"),
-        ({"variant": "mine"}, r"line 3: no method is called codes mine"),
     ],
 )
 def test_records_that_fit_no_table_are_named(smoke, change, message):
     profile, path = smoke
-    bu.record(profile, **(ROW | NUMBERS))
+    put(path, ROW | NUMBERS)
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     pd.concat([table, table.assign(**change)]).to_csv(path, index=False)
     with pytest.raises(ValueError, match=rf"metrics\.csv, {message}"):
@@ -106,15 +103,15 @@ def test_records_that_fit_no_table_are_named(smoke, change, message):
 
 def test_a_failing_notebook_stays_as_it_was(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
-    monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(bu, "OUTPUT", tmp_path / "executed")
     path = tmp_path / "99_fails.ipynb"
     cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("raise ValueError('on purpose')")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     before = path.read_bytes()
-    with pytest.raises(SystemExit, match=r"99_fails\.ipynb failed and was left as it was"):
-        run.execute(path)
-    assert path.read_bytes() == before
-    failed = nbformat.read(tmp_path / "cache/failed/99_fails.ipynb", as_version=4)
+    with pytest.raises(SystemExit, match=r"99_fails\.ipynb failed; see"):
+        run.execute(path, tmp_path / "copy.ipynb")
+    assert path.read_bytes() == before and not (tmp_path / "copy.ipynb").exists()
+    failed = nbformat.read(tmp_path / "executed/failed/99_fails.ipynb", as_version=4)
     assert failed.cells[0].execution_count == 1 and failed.cells[1].outputs[0].ename == "ValueError"
 
 
@@ -123,8 +120,10 @@ def test_running_saves_outputs_without_dead_progress_bars(tmp_path):
     path = tmp_path / "98_runs.ipynb"
     source = "from tqdm.auto import tqdm\nimport ipywidgets\nfor _ in tqdm(range(3)): pass\nipywidgets.IntSlider()"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
-    minutes, peak_gb = run.execute(path)
-    saved = nbformat.read(path, as_version=4)
+    before = path.read_bytes()
+    minutes, peak_gb = run.execute(path, tmp_path / "copy.ipynb")
+    saved = nbformat.read(tmp_path / "copy.ipynb", as_version=4)
+    assert path.read_bytes() == before
     assert minutes > 0 and peak_gb > 0.03
     assert "widgets" not in saved.metadata and saved.cells[0].execution_count == 1
     assert [o.data["text/plain"] for o in saved.cells[0].outputs] == ["(interactive: run this notebook to use it)"]

@@ -1,8 +1,6 @@
 """Runs of `tune` that are killed, cut short or cannot be kept: what was reached is never lost."""
 
-import contextlib
 import errno
-import functools
 import os
 import random
 import re
@@ -14,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import binllm_utils as bu
@@ -148,7 +147,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(llm, tmp_path):
 
 def test_early_stopping_returns_the_best_weights(llm, monkeypatch):
     """With the AUC on valid made up: best at the second check, never better again."""
-    found = iter([0.6, 0.8, 0.7, 0.8, 0.5, 0.9])
+    found = iter([0.5, 0.6, 0.8, 0.7, 0.8, 0.5, 0.9])  # the first is asked before the run: are both classes there?
     best = []
 
     def made_up(labels, scores):
@@ -157,81 +156,68 @@ def test_early_stopping_returns_the_best_weights(llm, monkeypatch):
 
     monkeypatch.setattr(bu, "auc", made_up)
     valid = PROMPTS, LABELS
-    model, curve = bu.tune(*llm, PROMPTS * 5, LABELS * 5, batch_size=4, lr=1e-2, valid=valid, progress=False)
+    prompts = [f"{k} {prompt}" for k in range(5) for prompt in PROMPTS]
+    model, curve = bu.tune(*llm, prompts, LABELS * 5, batch_size=4, lr=1e-2, valid=valid, progress=False)
     assert curve.valid_auc.dropna().tolist() == [0.6, 0.8, 0.7, 0.8, 0.5]
     assert len(curve) == 5  # of ten: three checks without a gain
-    assert np.abs(bu.score(model, llm[1], PROMPTS, progress=False) - best[1]).max() < 1e-6
-    assert np.abs(best[1] - best[4]).max() > 1e-3
-
-
-def test_each_epoch_sees_each_prompt_once_and_little_is_padded():
-    rng = np.random.default_rng(0)
-    ids = [[0] * n for n in rng.integers(100, 300, 1000)]
-    steps = list(bu._training_batches(ids, 8, 2, seed=0))
-    assert len(steps) == 250 and all(len(batch) == 8 for batch in steps)
-    for epoch in (steps[:125], steps[125:]):
-        assert sorted(i for batch in epoch for i in batch) == list(range(1000))
-    assert steps[:125] != steps[125:] and steps != list(bu._training_batches(ids, 8, 2, seed=1))
-    read = real = 0
-    for part in (part for batch in steps for part in bu._split(batch, ids, 500)):
-        lengths = [len(ids[i]) for i in part]
-        assert len(part) == 1 or len(part) * max(lengths) <= 500
-        read, real = read + len(part) * max(lengths), real + sum(lengths)
-    assert 1 - real / read < 0.05
+    assert np.abs(bu.score(model, llm[1], PROMPTS, progress=False) - best[2]).max() < 1e-6
+    assert np.abs(best[2] - best[5]).max() > 1e-3
 
 
 def test_without_shuffling_the_steps_keep_the_order():
-    steps = list(bu._training_batches([[0] * n for n in (3, 1, 2, 9, 5)], 2, 2, seed=0, shuffle=False))
+    steps = bu.make_batches([[0] * n for n in (3, 1, 2, 9, 5)], 2, 2, seed=0, shuffle=False)
     assert steps == [[0, 1], [2, 3], [4]] * 2
 
 
-def test_small_parts_have_the_gradient_of_the_whole_batch(llm, monkeypatch):
+def test_small_packs_have_the_gradient_of_the_whole_batch(llm, monkeypatch):
     losses = []
     for tokens in (10, 10_000):
-        monkeypatch.setattr(bu, "_tokens_at_once", lambda model, layers, tokens=tokens: tokens)
+        monkeypatch.setattr(bu, "pack_tokens", lambda model, training=False, tokens=tokens: tokens)
         fresh = bu.load_llm(layers=2)
         losses.append(bu.tune(*fresh, PROMPTS, LABELS, batch_size=4, lr=1e-2, epochs=3, progress=False)[1].loss)
     assert np.allclose(*losses, atol=1e-4) and np.ptp(losses[0]) > 1e-2
 
 
-def test_a_shared_beginning_is_read_once_and_changes_no_gradient(llm, monkeypatch):
-    """Half of the prompts begin alike; with the sharing switched off the run is the same but reads more tokens."""
-    long = "A user has given high ratings to many films, and here is a list of them that goes on and on. "
-    prompts = [long + prompt for prompt in PROMPTS] + PROMPTS
-    losses, read, real = [], [], bu.answer_logit
+def test_the_loop_is_the_textbooks(llm):
+    """Against plain passes, one prompt at a time, with PyTorch's own AdamW: the same losses."""
+    model, tokenizer = llm
+    ids, (yes, no) = bu.encode_prompts(model, tokenizer, PROMPTS), bu.answer_tokens(tokenizer)
+    _, curve = bu.tune(model, tokenizer, PROMPTS, LABELS, batch_size=4, lr=1e-2, epochs=3, progress=False)
+    torch.manual_seed(0)
+    plain = get_peft_model(bu.load_llm(layers=2)[0], LoraConfig(**bu.LORA["all"]))
+    weights = [p for p in plain.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(weights, weight_decay=1e-3), []
+    for batch, lr in zip(bu.make_batches(ids, 4, 3), curve.lr):
+        logits = torch.stack([plain(torch.tensor([ids[i]])).logits[0, -1] for i in batch])
+        targets = torch.tensor([float(LABELS[i]) for i in batch])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, yes] - logits[:, no], targets)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.allclose(losses, curve.loss, atol=1e-3) and np.ptp(losses) > 1e-2
 
-    def counted(model, batch, *rest):
-        read[-1] += sum(map(len, batch))
-        return real(model, batch, *rest)
 
-    monkeypatch.setattr(bu, "answer_logit", counted)
-    by_prefix = bu._by_prefix
-    for least in (8, 100):
-        monkeypatch.setattr(bu, "_by_prefix", functools.partial(by_prefix, least=least))
-        read.append(0)
-        fresh = bu.load_llm(layers=2)
-        losses.append(bu.tune(*fresh, prompts, LABELS * 2, batch_size=16, lr=1e-2, epochs=4, progress=False)[1].loss)
-    assert np.allclose(*losses, atol=1e-4) and np.ptp(losses[0]) > 1e-2
-    assert read[0] < 0.6 * read[1]
+def test_a_loss_that_is_no_number_stops_at_once_and_keeps_the_checkpoint(llm, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            tune_kept(bu.load_llm(layers=2), tmp_path)
+    good = (tmp_path / "checkpoint.safetensors").read_bytes()
+    real = bu.answer_logits
+    monkeypatch.setattr(bu, "answer_logits", lambda *args: real(*args) * float("nan"))
+    with pytest.raises(FloatingPointError, match="step 3: the loss is nan; lower lr"):
+        tune_kept(bu.load_llm(layers=2), tmp_path)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_lora_in_one_product_trains_as_pefts_own_layers_do(llm, monkeypatch, dropout):
-    """The same gradients, steps and answers on valid in between; layers with dropout stay as they are."""
-    monkeypatch.setitem(bu.LORA, "lora_dropout", dropout)
-    used, product, found = [], bu._LoraProduct.apply, []
-    monkeypatch.setattr(bu._LoraProduct, "apply", lambda *args: used.append(1) or product(*args))
-    for one_product in (bu._one_product, contextlib.nullcontext):
-        monkeypatch.setattr(bu, "_one_product", lambda model, way=one_product: way(model))
-        options = {"batch_size": 4, "lr": 1e-2, "epochs": 5, "valid": (PROMPTS * 4, LABELS * 4), "progress": False}
-        model, curve = bu.tune(*bu.load_llm(layers=2), PROMPTS, LABELS, **options)
-        lora = [p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name]
-        found.append((curve.loss, curve.valid_auc, torch.cat(lora), len(used)))
-        assert not any("forward" in vars(layer) for layer in model.modules())
-    (loss, auc, weights, first), (plain_loss, plain_auc, plain_weights, both) = found
-    assert np.allclose(loss, plain_loss, atol=1e-4) and np.ptp(loss) > 1e-2
-    assert np.allclose(auc, plain_auc, equal_nan=True) and torch.allclose(weights, plain_weights, atol=1e-3)
-    assert first == both and (first > 0) == (dropout == 0)
+def test_valid_of_one_class_is_refused_before_the_first_step(llm, monkeypatch):
+    calls = stop_at(monkeypatch, None, None)
+    with pytest.raises(ValueError, match="AUC needs liked and disliked rows"):
+        bu.tune(*llm, PROMPTS, LABELS, valid=(PROMPTS, [1] * 8), progress=False)
+    assert calls == []
 
 
 def test_activations_computed_twice_train_alike():
@@ -249,11 +235,10 @@ def test_activations_computed_twice_train_alike():
 
 def test_the_cost_is_told_beforehand(llm, capsys):
     bu.tune(*llm, PROMPTS, LABELS, batch_size=4)
-    out = capsys.readouterr().out
     tokens = sum(map(len, bu.encode_prompts(*llm, PROMPTS)))
-    assert f"tuning on {tokens} tokens: about 0.0 min and 0.2 GB" in out
+    assert re.search(rf"tuning on 8 rows, {tokens} tokens: about 0\.\d min", capsys.readouterr().out)
     shared = "A user has given high ratings to many films, and here is a list of them that goes on and on. "
     bu.tune(*bu.load_llm(layers=2), [shared + prompt for prompt in PROMPTS], LABELS, batch_size=8)
     beginning = len(llm[1](shared).input_ids)
-    told = int(re.search(r"tuning on ([\d,]+) tokens", capsys.readouterr().out)[1].replace(",", ""))
+    told = int(re.search(r"([\d,]+) tokens", capsys.readouterr().out)[1].replace(",", ""))
     assert told == pytest.approx(beginning + tokens, abs=10)  # the beginning is read once

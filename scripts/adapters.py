@@ -1,0 +1,249 @@
+"""Train what takes longer than a notebook should, and keep it in data/adapters.
+
+python scripts/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
+python scripts/adapters.py pairs       the same for codes that stand bit by bit: half an hour
+python scripts/adapters.py codes       how well the codes do that `long` could read, on valid: a minute
+python scripts/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
+                                         the training split, chapter by chapter, until valid says stop
+
+All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
+"""
+
+import itertools
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import records
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+RECORDS = ROOT / "data" / "results"
+ADAPTERS = ROOT / "data" / "adapters"
+SHORT = {"alike": bx.ALIKE, "pairs": bx.ALIKE_PAIRS}
+STYLES = {"side by side": bx.SIDE_BY_SIDE, "bit by bit": bx.BIT_BY_BIT}  # others are those of `bu.build_prompts`
+# For each adapter its courses. Each is one run of `tune`: (highest learning rate, lessons); the next goes on from its
+# weights. A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`, and where it is not one, the
+# questions about each row of the training split. Short codes first, whole prompts last.
+COURSES = {
+    "literacy": (
+        (
+            1e-3,
+            (
+                ("alike", 8, 1536, None),
+                ("alike", 16, 1024, None),
+                ("alike", 32, 2048, None),
+                ("codes", 32, 256, None),
+                ("side by side", 32, 320, None),
+                ("text+codes", 32, 320, None),
+            ),
+        ),
+        (
+            5e-4,
+            (
+                ("alike", 32, 3072, 0.1),
+                ("side by side", 32, 512, 0.1),
+            ),
+        ),
+    ),
+    "pairs": (
+        (
+            1e-3,
+            (
+                ("pairs", 8, 640, None),
+                ("pairs", 16, 320, None),
+                ("pairs", 32, 640, None),
+                ("pairs", 32, 960, 0.1),
+                ("bit by bit", 32, 512, 0.1),
+            ),
+        ),
+    ),
+}
+BATCH = 32  # questions a step
+
+
+def descent(dataset, bits=32, seed=0):
+    """The codes that these adapters were examined with."""
+    return bu.cached_codes(dataset, bits, seed, "descent-1")
+
+
+def lesson(dataset, where, bits, n, spread, per_row=1, *, seed):
+    """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
+
+    where: "alike" for `bx.ALIKE` alone, "pairs" for `bx.ALIKE_PAIRS`, or a style of prompt about a row of the training
+    split, each with a user and a film of its own; there are some 500 such rows. Of each row `per_row`
+    questions follow one another, which `bu.tune` is quick to read, for they begin alike.
+    """
+    if where in ("alike", "pairs"):
+        pairs = bx.code_pairs(n, bits, seed, spread)
+        return bx.code_questions(pairs, SHORT[where]), bx.alike(bu.hamming_similarity(pairs.users, pairs.items))
+    rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item")
+    if len(rows) * per_row < n:
+        raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
+    rows, prompts, labels = rows.head(n // per_row), [], []
+    for turn in range(per_row):
+        pairs = bx.code_pairs(dataset.n_users, bits, seed + 1000 * turn, spread)
+        items = bx.code_pairs(dataset.n_items, bits, seed + 1000 * turn + 1).items
+        items[rows.item] = pairs.items[rows.user]
+        codes = bu.Codes(pairs.users, items)
+        prompts.append(bu.build_prompts(dataset, rows, codes, STYLES.get(where, where)))
+        labels.append(bx.alike(codes.similarity(rows)))
+    return [prompt for asked in zip(*prompts) for prompt in asked], np.stack(labels, 1).ravel()
+
+
+def literacy(name="literacy"):
+    """LoRA weights that read codes, learned on made-up ones alone; the folder of data/adapters named as in COURSES.
+
+    After each course the adapter is saved, with the courses so far in its card: run again, it goes on with the next.
+    """
+    dataset, folder = bu.load_ml1m(), ADAPTERS / name
+    model, tokenizer = bu.load_llm(nf4=False)
+    courses, curves, seconds = json.loads(json.dumps(COURSES[name])), [], 0
+    done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []
+    if done != courses[: len(done)]:
+        sys.exit(f"{folder} was taught other courses than COURSES; delete it to teach these")
+    if done:
+        model, curves = bu.load_adapter(model, folder), [pd.read_csv(folder / "curve.csv")]
+        seconds = curves[0].groupby("course").seconds.max().sum()
+    seeds = itertools.count(sum(len(lessons) for _, lessons in done))
+    for place, (lr, lessons) in list(enumerate(COURSES[name], 1))[len(done) :]:
+        model, curve = teach(dataset, model, tokenizer, lr, lessons, seeds, f"{name}-{place}")
+        seconds += curve.seconds.iloc[-1]
+        curves.append(curve.assign(course=place))
+        exam(dataset, model, tokenizer, name, place)
+        card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
+        card |= {
+            "seconds": round(seconds),
+            "hardware": records.hardware(),
+            "versions": records.versions(),
+            "commit": records.commit(),
+        }
+        bu.save_adapter(model, folder, card, pd.concat(curves))
+
+
+def teach(dataset, model, tokenizer, lr, lessons, seeds, checkpoint):
+    """(model, learning curve) after one course; the curve says which lesson each step belongs to."""
+    parts = [dict(zip(("prompt", "label"), lesson(dataset, *what, seed=next(seeds)))) for what in lessons]
+    asked = pd.concat([pd.DataFrame(part).assign(lesson=lesson_name(*what)) for part, what in zip(parts, lessons)])
+    options = {"batch_size": BATCH, "lr": lr, "shuffle": False, "folder": bu.CACHE / "checkpoints" / checkpoint}
+    model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
+    return model, curve.assign(lesson=asked.lesson.to_list()[::BATCH])
+
+
+def exam(dataset, model, tokenizer, name, course):
+    """How well real codes are read after a course, on valid rows and before any rating: data/results/literacy.csv."""
+    short, styles = {"literacy": ("alike", ("side by side", "text+codes")), "pairs": ("pairs", ("bit by bit",))}[name]
+    codes, rows = descent(dataset), bu.sample_rows(dataset.valid, 150, seed=1)
+    sides = codes.users[rows.user], codes.items[rows.item]
+    similarity = bu.hamming_similarity(*sides)
+    scores = {"Hamming similarity itself": bx.alike(similarity)}
+    prompts = {short: bx.code_questions(bu.Codes(*sides), SHORT[short])}
+    prompts |= {style: bu.build_prompts(dataset, rows, codes, STYLES.get(style, style)) for style in styles}
+    scores |= {prompt: bu.score(model, tokenizer, asked) for prompt, asked in prompts.items()}
+    for prompt, p in scores.items():
+        key = {"adapter": name, "after_course": course, "prompt": prompt, "split": "valid", "rows": len(rows)}
+        row = {"correlation": correlation(p, similarity), "auc": bu.auc(rows.label, p)}
+        row["uauc"] = bu.uauc(rows.user, rows.label, p)[0]
+        row = {column: round(float(value), 4) for column, value in row.items()}
+        records.put_row(RECORDS / "literacy.csv", key | row, list(key))
+        print(f"{name}, course {course}, {prompt}: {row}", flush=True)
+
+
+def correlation(p, similarity):
+    """How surely codes are read: correlation of logit(Yes) with the codes' Hamming similarity."""
+    return float(np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1])
+
+
+def lesson_name(where, bits, n, spread, per_row=1):
+    return f"{where}, {bits} bits" + (", near one half" if spread else "")
+
+
+LONG_LR = 1e-4
+LONG_CODES = (64, 1)  # bits, seed: the best on valid of those in data/results/long_codes.csv
+LONG_LESSONS = (("pairs", 64, 256, 0.1), ("bit by bit", 64, 832, 0.1, 8))
+CHAPTER = 256  # rows
+PATIENCE = 1  # chapters without a better one, after which the run ends
+
+
+def try_codes():
+    """AUC and UAUC of codes alone on valid, for two lengths and five seeds: data/results/long_codes.csv."""
+    dataset = bu.load_ml1m()
+    for bits, seed in itertools.product((32, 64), range(5)):
+        similarity = descent(dataset, bits, seed).similarity(dataset.valid)
+        row = {"bits": bits, "seed": seed, "split": "valid"} | bu.evaluate(dataset.valid, similarity)
+        records.put_row(RECORDS / "long_codes.csv", row, ["bits", "seed"])
+        print(f"{bits} bits, seed {seed}: AUC {row['auc']}, UAUC {row['uauc']}", flush=True)
+
+
+def unseen_rows(dataset, bits=32, seed=0):
+    """(rows, codes): the last third of the training split, by time, and codes learned from the two thirds before it.
+
+    Codes agree with the rows that they were learned from better than with any others: whoever is tuned on those learns
+    to trust the codes too much, and that nothing else counts. With these it is as on valid and test.
+    """
+    when, train = dataset.train.timestamp, dataset.train
+    stop, cut = (when.quantile(share, interpolation="lower") for share in (0.6, 2 / 3))
+    early, watched, late = train[when < stop], train[(when >= stop) & (when < cut)], train[when >= cut]
+    codes, _ = bx.fit_descent(bu.Dataset(early, watched, late, dataset.titles, dataset.name, dataset.tags), bits, seed)
+    return late, codes
+
+
+def long():
+    """One-step tuning, bit by bit, on rows that the codes have not seen, until valid says stop; data/adapters/long.
+
+    It begins with what `literacy("pairs")` has taught, and LONG_LESSONS more, at half the rate. Each chapter is a run
+    of `tune` on the next rows of one random order, from the weights of the chapter before. How well it does on valid,
+    before the first and after each, becomes a row of data/results/long.csv; the adapter with the highest sum of AUC and
+    UAUC there is the one kept.
+    """
+    dataset = bu.load_ml1m()
+    codes, (rows, codes_then) = descent(dataset, *LONG_CODES), unseen_rows(dataset, *LONG_CODES)
+    valid, order = bu.sample_rows(dataset.valid, 500, seed=1), rows.sample(frac=1, random_state=0)
+    asked = bu.build_prompts(dataset, valid, codes, bx.BIT_BY_BIT)
+    similarity = codes.similarity(valid)
+    model, tokenizer = bu.load_llm(nf4=False)
+    model = bu.load_adapter(model, ADAPTERS / "pairs")
+    model, curve = teach(dataset, model, tokenizer, 5e-4, LONG_LESSONS, itertools.count(100), "long-lessons")
+    chapters, curves = [], [curve.assign(chapter=0)]
+    for end in range(0, len(order) + CHAPTER, CHAPTER):
+        part = order.iloc[max(0, end - CHAPTER) : end]
+        if len(part):
+            options = {"batch_size": 16, "lr": LONG_LR, "folder": bu.CACHE / "checkpoints" / f"long-{end}"}
+            learn = bu.build_prompts(dataset, part, codes_then, bx.BIT_BY_BIT)
+            model, curve = bu.tune(model, tokenizer, learn, part.label, **options)
+            curves.append(curve.assign(chapter=len(chapters)))
+        p = bu.score(model, tokenizer, asked)
+        result = {"prompt": "bit by bit", "bits": codes.bits, "rows": min(end, len(order)), "chapter_rows": CHAPTER}
+        result |= {"valid_rows": len(valid)} | bu.evaluate(valid, p)
+        result |= {"hamming_auc": round(bu.auc(valid.label, similarity), 4)}
+        result |= {"correlation": round(correlation(p, similarity), 4)}
+        result["seconds"] = round(curve.seconds.iloc[-1])
+        chapters.append(result)
+        records.put_row(RECORDS / "long.csv", result, ["prompt", "bits", "rows", "chapter_rows"])
+        print(
+            f"{result['rows']:,} of {len(order):,} rows: {result['auc']}/{result['uauc']} on {len(valid)} valid rows",
+            flush=True,
+        )
+        best = int(np.argmax([chapter["auc"] + chapter["uauc"] for chapter in chapters]))
+        if best == len(chapters) - 1:
+            card = {"what": "long: lessons, then the chapters before valid says stop", "llm": model.name_or_path}
+            card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters}
+            card |= {"hardware": records.hardware(), "versions": records.versions(), "commit": records.commit()}
+            bu.save_adapter(model, ADAPTERS / "long", card, pd.concat(curves))
+        elif len(chapters) - 1 - best >= PATIENCE:
+            print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")
+            break
+
+
+if __name__ == "__main__":
+    wanted = {"literacy": literacy, "pairs": partial(literacy, "pairs"), "codes": try_codes, "long": long}
+    if len(sys.argv) != 2 or sys.argv[1] not in wanted:
+        sys.exit(__doc__)
+    wanted[sys.argv[1]]()

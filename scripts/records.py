@@ -1,0 +1,143 @@
+"""Records: what a run was made on, and the CSV and Parquet files in data/results that keep what came out."""
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import binllm_utils as bu
+
+METRIC_COLUMNS = (
+    "dataset split rows model variant bits format seed profile hardware versions commit "
+    "auc auc_lo auc_hi uauc uauc_lo uauc_hi users seconds"
+).split()
+
+
+def hardware():
+    """The machine in words: the GPU's name, else the number of CPU cores and the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(": ")[1] if names else cpu
+    return f"{os.cpu_count()} cores {cpu}"
+
+
+def versions():
+    """Python and the libraries that decide results, in one string."""
+    libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    return " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in libraries)])
+
+
+def commit():
+    """Short hash of the checked-out commit, "-dirty" after it where code differs from it; "" outside a git checkout.
+
+    Notebooks do not count as code here: running them rewrites their outputs.
+    """
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+class PeakMemory(threading.Thread):
+    """`with PeakMemory() as memory:` watches this process and its children; `memory.gb` is the most they grew."""
+
+    def __enter__(self):
+        self.gb, self.over, self.before = 0.0, threading.Event(), self._used()
+        self.start()
+        return self
+
+    @staticmethod
+    def _used():
+        import psutil
+
+        used, own = 0, psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.Error):  # it has just ended
+                used += process.memory_info().rss
+        return used / 1e9
+
+    def run(self):
+        while not self.over.wait(0.1):
+            self.gb = max(self.gb, self._used() - self.before)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+
+def results_folder(profile):
+    """data/results of the repository; of the smoke profile, a folder of the output that git ignores."""
+    return bu.OUTPUT / "results" if profile.name == "smoke" else ROOT / "data" / "results"
+
+
+def put_row(path, row, key):
+    """Put `row` (a dict) into the CSV file `path` in place of the one with the same values in `key`; others stay.
+
+    Hardware, versions and commit are added where `row` does not give them. Raises ValueError for other columns.
+    """
+    stamps = {"hardware": hardware(), "versions": versions(), "commit": commit()}
+    row = row | {name: stamp for name, stamp in stamps.items() if row.get(name) is None}
+    table = pd.DataFrame([{name: "" if value is None else str(value) for name, value in row.items()}])
+    if Path(path).exists():
+        old = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if list(old.columns) != list(table.columns):
+            raise ValueError(f"{path}: its columns are not those of this version; move the file away and run again")
+        same = (old[key] == table.loc[0, key]).all(axis=1)
+        table = pd.concat([old[~same], table], ignore_index=True)
+    with bu.replacing(path) as part:
+        table.to_csv(part, index=False)
+
+
+def record(profile, rows, scores, **what):
+    """Put the AUC and UAUC of `scores` on `rows` into metrics.csv; what: values of other METRIC_COLUMNS.
+
+    Two lines are the same result when data, split, rows, model, variant, bits, format, seed and profile agree.
+    """
+    found = {"rows": len(rows), "profile": profile.name} | bu.evaluate(rows, scores) | what
+    path = results_folder(profile) / "metrics.csv"
+    put_row(path, {column: found.get(column) for column in METRIC_COLUMNS}, METRIC_COLUMNS[:9])
+
+
+def read_answers(path):
+    """P(Yes) by run (columns) on rows of a split (lines, by their place in it): a DataFrame, NaN where not asked.
+
+    Raises OSError where there is no such file, ValueError for a row that is there twice, for one without a number, and
+    for an answer that is no probability.
+    """
+    if not Path(path).exists():
+        raise OSError(f"{path} is not there; python scripts/results.py makes it")
+    table = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path).reset_index()
+    if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
+        raise ValueError(f"{path}: not answers; its columns must be `row` and a number column for each run")
+    for bad, what in (
+        (table.row.duplicated(), "row {row:.0f} is there twice; drop one"),
+        (table.row.isna() | (table.row < 0) | (table.row % 1 > 0), "row {row} is not the place of a row in the split"),
+        ((table.drop(columns="row").sub(0.5).abs() > 0.5).any(axis=1), "row {row:.0f} holds an answer not from 0 to 1"),
+    ):
+        if bad.any():
+            raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**table.loc[bad.idxmax()])}")
+    return table.astype({"row": int}).set_index("row")
+
+
+def keep_answers(path, name, rows, p):
+    """Put `p`, the answers on `rows`, into column `name` of the Parquet file `path`; the other columns stay."""
+    table = pd.DataFrame({name: p.astype("float32")}, index=rows.index.rename("row"))
+    if Path(path).exists():
+        table = read_answers(path).drop(columns=name, errors="ignore").join(table, how="outer")
+    with bu.replacing(path) as part:
+        table.to_parquet(part)

@@ -1,0 +1,275 @@
+"""Make what data/results holds, and keep every single answer; goes on where it was stopped.
+
+python scripts/results.py                        all that is missing
+python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for another seed
+
+Without a GPU the profile is `patient`: 1,024 tuning rows and all test rows, an hour a run on two slow cores; with one
+it is `full`, the whole training split. BINLLM_PROFILE chooses another.
+
+The files: metrics.csv, a line a result; runs.csv, how each run of the LLM was made; answers-PROFILE-SPLIT.parquet,
+P(Yes), a column a run, a line a row of the split.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import records
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+
+# -------------------------------------------------------------------------------------------------- without an LLM
+class NeverBinary(bu.BinMF):
+    """The authors' encoder without its sign: what the sign costs."""
+
+    def encode(self, z):
+        return torch.tanh(z)
+
+
+WAYS = [("paper", 32), ("reference", 32), ("ste", 32), ("ste", 64), ("distinct", 32), ("distinct", 64)]
+WAYS += [("descent", 32), ("descent", 64)]
+
+
+def continuous(dataset, seed, max_epochs):
+    torch.manual_seed(seed)
+    how = bu.RECIPES["reference"]
+    model = NeverBinary(dataset, 32, how)
+    settings = {"lr": how.lr, "weight_decay": how.weight_decay, "patience": how.patience}
+    return model, bu.train_cf(model, dataset, **settings, seed=seed, max_epochs=max_epochs)
+
+
+def collaborative(dataset, profile):
+    """{name: (columns of metrics.csv, function of a seed -> (scores of all test rows, seconds))}, without an LLM."""
+    test, epochs = dataset.test, profile.epochs
+
+    def scored(fit, **options):
+        def run(seed):
+            model, curve = fit(dataset, seed=seed, **options)
+            return bu.cf_scores(model, test), curve.seconds.iloc[-1]
+
+        return run
+
+    def coded(recipe, bits):
+        def run(seed):
+            fit = bx.fit_descent if recipe == "descent" else bu.fit_codes
+            codes, curve = fit(dataset, bits, seed, recipe, max_epochs=epochs)
+            if recipe == "paper":  # its codes are 0 and 1: bits that both have count, bits that both lack do not
+                users, items = codes.of(test)
+                return (users * items).sum(1), curve.seconds.iloc[-1]
+            return codes.similarity(test), curve.seconds.iloc[-1]
+
+        return run
+
+    no_features = np.zeros((dataset.n_items, 0), np.float32)
+    ways = {
+        ("popularity", "", None): lambda _: (bu.popularity_baseline(dataset, test), None),
+        ("mf", "paper", None): scored(bx.fit_mf, max_epochs=2 * epochs),
+        ("mf_bias", "", None): scored(bx.fit_hybrid, features=no_features, max_epochs=epochs),
+        ("continuous", "reference", None): scored(continuous, max_epochs=epochs),
+        ("continuous", "hybrid", None): scored(bx.fit_hybrid, max_epochs=epochs),
+    }
+    ways |= {("codes", recipe, bits): coded(recipe, bits) for recipe, bits in WAYS}
+    found = {}
+    for (model, variant, bits), way in ways.items():
+        name = " ".join(str(part) for part in (model, variant, bits) if part)
+        found[name] = ({"model": model, "variant": variant, "bits": bits}, way)
+    return found
+
+
+def without_llm(name, dataset, profile, seeds=5):
+    """Put what `collaborative` calls `name` into metrics.csv, all seeds that are not there."""
+    about, way = collaborative(dataset, profile)[name]
+    path = records.results_folder(profile) / "metrics.csv"
+    there = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else None
+    for seed in range(seeds) if about["model"] != "popularity" else (None,):
+        row = about | {"seed": seed, "profile": profile.name, "rows": len(dataset.test)}
+        known = {column: "" if value is None else str(value) for column, value in row.items()}
+        if there is not None and (there[list(known)] == known).all(axis=1).any():
+            continue
+        scores, seconds = way(seed)
+        where = {"dataset": dataset.name, "split": "test", "seed": seed, "seconds": seconds and round(seconds, 1)}
+        records.record(profile, dataset.test, scores, **about, **where)
+    print(f"{name}: there", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------- with an LLM
+@dataclass(frozen=True)
+class Variant:
+    """One way to tune (Section 3.3): the prompts' style, the highest learning rate, and where tuning begins.
+
+    first: the variant that is tuned before and gone on from; start: a folder of data/adapters to begin with.
+    """
+
+    name: str
+    style: str
+    lr: float
+    first: "Variant | None" = None
+    start: str | None = None
+
+
+TEXT = Variant("text", "text", 1e-3)
+VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin with bit literacy
+    variant.name: variant
+    for variant in (
+        TEXT,
+        Variant("codes_only", "codes", 1e-3),
+        Variant("one_step", "text+codes", 1e-3),
+        Variant("two_step", "text+codes", 5e-4, first=TEXT),
+        Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
+        Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
+    )
+}
+TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` changes what is learned
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked of one tuned LLM. history: what `bu.build_prompts` shows."""
+
+    variant: str
+    fmt: str = "bits"
+    nf4: bool = True
+    history: str = "sitting"
+
+
+RUNS = {
+    "text": Run("text"),
+    "one_step": Run("one_step"),
+    "codes_only": Run("codes_only"),
+    "two_step": Run("two_step"),
+    "one_step dotted": Run("one_step", "dotted"),
+    "two_step dotted": Run("two_step", "dotted"),
+    "pairs one_step": Run("pairs one_step"),
+    "pairs one_step, float32": Run("pairs one_step", nf4=False),
+    "text, history by row": Run("text", history="row"),
+}
+
+
+def tuned_llm(dataset, codes, profile, run, seed=0):
+    """(model, tokenizer, learning curve) of the profile's LLM tuned as `run` says, now or read from the cache.
+
+    All that determines it is in its card, whose digest is in the folder's name. A run that was cut short goes on where
+    it was. The rows are whole sittings, the same for every run of a seed.
+    """
+    variant = VARIANTS[run.variant]
+    card = card_of(dataset, codes, profile, run, variant, seed)
+    folder = bu.CACHE / "adapters" / f"{profile.name}-{run.variant.replace(' ', '-')}-{bu.digest(card)}"
+    if variant.first and not folder.exists():
+        first = Run(variant.first.name, nf4=run.nf4, history=run.history)
+        model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed)
+    else:
+        model, tokenizer = bu.load_llm(profile.llm, nf4=run.nf4, layers=profile.layers)
+    if folder.exists():
+        return bu.load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
+    if card["start"]:
+        model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / variant.start)
+    rows = bu.sample_sittings(dataset, profile.tune_rows, seed)
+    prompts = bu.build_prompts(dataset, rows, codes, variant.style, run.fmt, history=run.history)
+    kept = bu.CACHE / "checkpoints" / folder.name
+    options = {"lora": profile.lora, "lr": variant.lr, "seed": seed, "folder": kept}
+    model, curve = bu.tune(model, tokenizer, prompts, rows.label, **options)
+    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1), "commit": records.commit()}
+    bu.save_adapter(model, folder, card | {"hardware": records.hardware(), "versions": records.versions()}, curve)
+    shutil.rmtree(kept)
+    return model, tokenizer, curve
+
+
+def card_of(dataset, codes, profile, run, variant, seed):
+    """All that determines what `tuned_llm` makes, as a dict of plain values."""
+    start = variant.start if fits(variant.start, profile) else None
+    card = {"variant": variant.name, "style": variant.style, "lr": variant.lr, "start": start, "seed": seed}
+    card |= {"data": dataset.name, "rows": bu.digest(dataset.train, list(dataset.titles))}
+    card |= {"tune_rows": profile.tune_rows, "llm": profile.llm or bu.SMOLLM2, "layers": profile.layers}
+    card |= {"lora": profile.lora, "nf4": run.nf4, "history": run.history, "version": TUNING_VERSION}
+    if variant.style != "text":
+        card |= {"format": run.fmt, "codes": bu.digest(codes.users, codes.items)}
+    if variant.first:
+        card["first"] = card_of(dataset, codes, profile, run, variant.first, seed)
+    return card
+
+
+def fits(start, profile):
+    """Whether the adapter data/adapters/`start` is for the profile's LLM; a line says so where it is not."""
+    if start is None:
+        return False
+    card = json.loads((bu.ROOT / "data" / "adapters" / start / "card.json").read_text())
+    same = not profile.layers and card["llm"] == (profile.llm or bu.SMOLLM2)
+    if not same:
+        print(f"the adapter {start} is for the whole {card['llm']}; this LLM begins without it")
+    return same
+
+
+def answer(name, seed, dataset, profile):
+    """One of RUNS on valid rows and on the profile's test rows; `seed` draws training rows, LoRA matrices and codes."""
+    run, title = RUNS[name], f"{name}, seed {seed}" if seed else name
+    codes = bu.cached_codes(dataset, 32, seed)
+    variant = VARIANTS[run.variant]
+    card = card_of(dataset, codes, profile, run, variant, seed)
+    folder = records.results_folder(profile)
+    rows = {"valid": bu.sample_rows(dataset.valid, 1000, seed=1), "test": dataset.test}
+    if profile.eval_rows < len(dataset.test):
+        rows = {"valid": rows["valid"].head(20), "test": bu.sample_rows(dataset.test, profile.eval_rows)}
+    asked = {
+        "run": title,
+        "profile": profile.name,
+        "made_from": bu.digest(card, *(len(part) for part in rows.values())),
+    }
+    if (folder / "runs.csv").exists() and (pd.read_csv(folder / "runs.csv", dtype=str)[list(asked)] == asked).all(
+        axis=1
+    ).any():
+        return print(f"{title}: there already", flush=True)
+    model, tokenizer, curve = tuned_llm(dataset, codes, profile, run, seed)
+    began, count = time.perf_counter(), 0
+    for split, part in rows.items():
+        prompts = bu.build_prompts(dataset, part, codes, variant.style, run.fmt, history=run.history)
+        p = bu.score(model, tokenizer, prompts)
+        records.keep_answers(folder / f"answers-{profile.name}-{split}.parquet", title, part, p)
+        what = {"variant": run.variant + ", float32" * (not run.nf4) + ", history by row" * (run.history == "row")}
+        if variant.style != "text":
+            what |= {"bits": codes.bits, "format": run.fmt}
+        what |= {"dataset": dataset.name, "split": split, "seed": seed, "seconds": round(curve.seconds.iloc[-1], 1)}
+        records.record(profile, part, p, model="llm", **what)
+        count += len(prompts)
+    seconds = (time.perf_counter() - began) / count
+    row = asked | {"variant": run.variant, "format": run.fmt, "seed": seed, "tuning_rows": int(curve.rows.sum())}
+    row |= {
+        "tuning_seconds": round(curve.seconds.iloc[-1], 1),
+        "prompts": count,
+        "seconds_per_prompt": round(seconds, 4),
+    }
+    row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
+    records.put_row(folder / "runs.csv", row, ["run", "profile"])
+    print(f"{title}: {count:,} prompts in {seconds * count:.0f} s", flush=True)
+
+
+def main(wanted):
+    bu.quiet()
+    if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
+        os.environ["BINLLM_PROFILE"] = "patient"
+    profile, dataset = bu.current_profile(), bu.load_ml1m()
+    runs = {name: partial(without_llm, name) for name in collaborative(dataset, profile)}
+    runs |= {name: partial(answer, name, 0) for name in RUNS}
+    runs |= {f"{name}, seed {seed}": partial(answer, name, seed) for seed in (1, 2) for name in RUNS}
+    unknown = set(wanted) - set(runs)
+    if unknown:
+        sys.exit(f"there is no run {unknown.pop()!r}; choose from {', '.join(runs)}")
+    usual = [name for name in runs if torch.cuda.is_available() or ", seed" not in name]
+    for name in wanted or usual:
+        runs[name](dataset=dataset, profile=profile)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

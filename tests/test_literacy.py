@@ -1,0 +1,217 @@
+"""Made-up codes and questions about them, and the adapter that was taught by them."""
+
+import json
+import re
+from dataclasses import replace
+
+import adapters
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+
+def test_pairs_are_of_every_similarity():
+    pairs = bx.code_pairs(4000, 32, seed=1)
+    similarity = bu.hamming_similarity(pairs.users, pairs.items)
+    assert np.histogram(similarity, bins=4, range=(0, 1))[0].min() > 800  # random pairs would all stand in the middle
+    assert abs(pairs.users.mean() - 0.5) < 0.01 and abs(pairs.items.mean() - 0.5) < 0.01
+    assert not np.array_equal(pairs.users, bx.code_pairs(4000, 32, seed=2).users)
+    near = bx.code_pairs(4000, 32, seed=1, spread=0.1)
+    similarity = bu.hamming_similarity(near.users, near.items)
+    assert similarity.mean() == pytest.approx(0.5, abs=0.01)
+    of_bits = (0.5**2 - 0.1**2) / 32  # the variance of 32 throws, beside that of the chances
+    assert similarity.std() == pytest.approx((0.1**2 + of_bits) ** 0.5, abs=0.005)
+
+
+def test_more_alike_is_more_likely_yes():
+    taught = bx.alike(np.linspace(0, 1, 11))
+    assert (np.diff(taught) > 0).all() and taught[5] == 0.5 and taught[0] == pytest.approx(1 - taught[10])
+
+
+@pytest.mark.parametrize(
+    "where, per_row",
+    [*((where, 1) for where in ("alike", "codes", "side by side", "text+codes", "pairs")), ("bit by bit", 4)],
+)
+def test_lessons_ask_about_the_codes_they_hold(ml1m, where, per_row):
+    prompts, labels = adapters.lesson(ml1m, where, 16, 60, 0.1, per_row, seed=4)
+    assert len(prompts) == len(labels) == 60 == len(set(prompts))
+    if where == "bit by bit":  # four questions about each of fifteen rows, one after another
+        beginnings = [prompt.split("User and movie")[0] for prompt in prompts]
+        assert beginnings == [b for b in beginnings[::4] for _ in range(4)] and len(set(beginnings)) == 15
+    for prompt, label in zip(prompts, labels):
+        if where in ("pairs", "bit by bit"):
+            a, b = map("".join, zip(*re.search(r"movie ([01 ]+) alike", prompt)[1].split()))
+        else:
+            a, b = re.findall(r"\b[01]{16}\b", prompt)
+        same = 16 - (int(a, 2) ^ int(b, 2)).bit_count()
+        assert label == pytest.approx(bx.alike(same / 16)), prompt
+
+
+def test_the_shipped_adapter_reads_codes_it_has_never_seen():
+    """The whole model: short questions about fresh pairs of codes, answered before and after bit literacy."""
+    pairs = bx.code_pairs(60, 8, seed=99)
+    questions = bx.code_questions(pairs)
+    labels = bu.hamming_similarity(pairs.users, pairs.items) > 0.5
+    plain, tokenizer = bu.load_llm(nf4=False)
+    assert bu.auc(labels, bu.score(plain, tokenizer, questions, progress=False)) < 0.75
+    literate = bu.load_adapter(plain, adapters.ADAPTERS / "literacy")
+    assert bu.auc(labels, bu.score(literate, tokenizer, questions, progress=False)) > 0.9
+
+
+def test_bit_by_bit_the_shipped_adapter_misses_hardly_a_pair():
+    """Pairs as near to one half as real ones, where each bit counts."""
+    pairs = bx.code_pairs(60, 32, seed=99, spread=0.1)
+    model, tokenizer = bu.load_llm(nf4=False)
+    model = bu.load_adapter(model, adapters.ADAPTERS / "pairs")
+    p = bu.score(model, tokenizer, bx.code_questions(pairs, bx.ALIKE_PAIRS), progress=False)
+    assert adapters.correlation(p, bu.hamming_similarity(pairs.users, pairs.items)) > 0.97
+
+
+@pytest.mark.parametrize("name", list(adapters.COURSES))
+def test_the_shipped_adapters_are_small_and_say_how_they_were_made(name):
+    folder = adapters.ADAPTERS / name
+    weights = folder / "adapter_model.safetensors"
+    assert weights.stat().st_size < 10_000_000
+    assert {name.split(".")[-3] for name in load_file(weights)} >= {"q_proj", "down_proj"}
+    card = json.loads((folder / "card.json").read_text())
+    assert card["llm"] == bu.SMOLLM2 and card["seconds"] > 0
+    assert card["courses"] == json.loads(json.dumps(adapters.COURSES[name]))
+
+
+@pytest.fixture
+def in_small(toy, toy_codes, tmp_path, monkeypatch):
+    """The script on toy data and two layers, every file of it under tmp_path."""
+    whole, converted = bu.load_llm, bu._smollm2_folder()
+
+    def two_layers(**_):
+        return whole(layers=2, nf4=False)
+
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / converted.name).symlink_to(converted)
+    for name, value in (("CACHE", tmp_path / "cache"), ("load_llm", two_layers)):
+        monkeypatch.setattr(bu, name, value)
+    monkeypatch.setattr(adapters, "ADAPTERS", tmp_path)
+    monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
+    monkeypatch.setattr(adapters, "LONG_LESSONS", (("pairs", 16, 64, 0.1),))
+    monkeypatch.setattr(bu, "cached_codes", lambda *_, **__: toy_codes)
+    monkeypatch.setattr(adapters, "RECORDS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def some_literacy(in_small):
+    """An adapter for `long` to start from."""
+    model, tokenizer = bu.load_llm()
+    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
+    bu.save_adapter(model, in_small / "pairs", {}, curve)
+
+
+def values(weights):
+    """All numbers of a dict of LoRA weights, sorted: saved ones go by other names than those of a model."""
+    return np.sort(np.concatenate([np.zeros(0), *(w.detach().numpy().ravel() for w in weights.values())]))
+
+
+def lora_values(model):
+    return values({name: p for name, p in model.named_parameters() if "lora_" in name})
+
+
+def saved_values(folder):
+    return values(load_file(folder / "adapter_model.safetensors"))
+
+
+def test_literacy_goes_on_after_the_last_whole_course(in_small, monkeypatch):
+    courses = ((1e-3, (("alike", 8, 64, None),)), (5e-4, (("alike", 8, 64, 0.1),)), (5e-4, (("alike", 16, 64, 0.1),)))
+    monkeypatch.setattr(adapters, "COURSES", {"literacy": courses[:1]})
+    adapters.literacy()
+    first = saved_values(in_small / "literacy")
+    monkeypatch.setattr(adapters, "COURSES", {"literacy": courses})
+    taught, tune = [], bu.tune
+
+    def noted(model, tokenizer, prompts, *rest, **options):
+        taught.append((list(prompts), lora_values(model)))
+        return tune(model, tokenizer, prompts, *rest, **options)
+
+    monkeypatch.setattr(bu, "tune", noted)
+    monkeypatch.setattr(adapters, "exam", lambda *_: None)
+    adapters.literacy()
+    assert len(taught) == 2 and np.array_equal(taught[0][1], first)  # on from the first, not over again
+    card = json.loads((in_small / "literacy" / "card.json").read_text())
+    assert card["courses"] == json.loads(json.dumps(courses))
+    assert pd.read_csv(in_small / "literacy" / "curve.csv").course.tolist() == [1, 1, 2, 2, 3, 3]
+    whole = [taught[0][0], taught[1][0]]
+    (in_small / "literacy" / "card.json").unlink()
+    taught.clear()
+    adapters.literacy()
+    assert [prompts for prompts, _ in taught[1:]] == whole  # the same lessons as without the break
+    monkeypatch.setattr(adapters, "COURSES", {"literacy": courses[1:]})
+    with pytest.raises(SystemExit, match="was taught other courses than COURSES; delete it"):
+        adapters.literacy()
+
+
+def test_the_long_run_reads_the_codes_that_did_best_on_valid():
+    tried = pd.read_csv(bu.ROOT / "data/results/long_codes.csv")
+    best = tried.loc[(tried.auc + tried.uauc).idxmax()]
+    assert (best.bits, best.seed) == adapters.LONG_CODES and len(tried) == 10
+    assert any(bu.ROOT.glob(f"data/codes/ml-1m-descent-1-{best.bits}bits-seed{best.seed}-*.npz"))
+
+
+def test_unseen_rows_come_after_all_that_their_codes_were_learned_from(toy):
+    """Other labels in these rows must leave the codes as they are; other labels before them must not."""
+    rows, codes = adapters.unseen_rows(toy)
+    assert (
+        abs(len(rows) - len(toy.train) / 3) < 10 and rows.timestamp.min() > toy.train.drop(rows.index).timestamp.max()
+    )
+    late = toy.train.index.isin(rows.index)
+    for changed, same in ((late, True), (~late, False)):
+        train = toy.train.assign(label=toy.train.label.where(~changed, 1 - toy.train.label))
+        others = adapters.unseen_rows(replace(toy, train=train))[1]
+        assert (np.array_equal(others.users, codes.users) and np.array_equal(others.items, codes.items)) == same
+
+
+def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_small, some_literacy, toy, monkeypatch):
+    monkeypatch.setattr(adapters, "CHAPTER", 16)
+    quality, weights = iter([0.2, 0.9, 0.5, 0.8]), []
+
+    def judged(model, tokenizer, prompts):
+        """Answers whose AUC on valid is as asked for, near enough; the weights asked are kept."""
+        weights.append(lora_values(model))
+        label, noise = valid.label.to_numpy(), np.random.default_rng(len(weights)).random(len(valid))
+        return 0.1 + 0.8 * np.where(noise < next(quality), label, 1 - label)
+
+    valid = bu.sample_rows(toy.valid, 500, seed=1)
+    monkeypatch.setattr(bu, "score", judged)
+    adapters.long()
+    record = pd.read_csv(in_small / "long.csv")
+    assert record.rows.tolist() == [0, 16, 32] and record.auc.argmax() == 1  # the fourth is not begun
+    assert not np.array_equal(weights[0], saved_values(in_small / "pairs"))  # its own lessons come first
+    assert np.array_equal(saved_values(in_small / "long"), weights[1])
+    card = json.loads((in_small / "long" / "card.json").read_text())
+    assert [chapter["rows"] for chapter in card["chapters"]] == [0, 16]
+    curve = pd.read_csv(in_small / "long" / "curve.csv")
+    assert curve.chapter.tolist() == [0, 0, 1]  # two steps of lessons, one of rows
+
+
+def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, monkeypatch):
+    rows, codes = adapters.unseen_rows(toy, *adapters.LONG_CODES)
+    monkeypatch.setattr(adapters, "CHAPTER", -(-len(rows) // 3))
+    monkeypatch.setattr(adapters, "PATIENCE", 3)
+    seen, tune = [], bu.tune
+
+    def stopped_in_the_second(model, tokenizer, prompts, labels, **options):
+        if options["folder"].name != "long-lessons":
+            seen.append(list(prompts))
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+        return tune(model, tokenizer, prompts, labels, **options)
+
+    monkeypatch.setattr(bu, "tune", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.long()
+    adapters.long()
+    assert seen[0] == seen[2] and seen[1] == seen[3] and len(seen) == 5  # the first is read back from its checkpoint
+    assert sorted(seen[2] + seen[3] + seen[4]) == sorted(bu.build_prompts(toy, rows, codes, bx.BIT_BY_BIT))
+    assert pd.read_csv(in_small / "long.csv").rows.iloc[-1] == len(rows)
