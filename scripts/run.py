@@ -7,8 +7,9 @@ python scripts/run.py --release    in place, with figures/ and data/results/runt
 A notebook that fails stops the run; its outputs up to the error are in executed/failed.
 """
 
+import base64
 import os
-import shutil
+import re
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,17 @@ def execute(path, target):
     return (time.perf_counter() - began) / 60, memory.gb
 
 
+def pictures(notebooks, folder):
+    """Write the pictures that stand in the notebooks' outputs to `folder`, by the names that `bu.save_figure` gave."""
+    for path in sorted(notebooks.glob("[0-9]*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            named = re.search(r'save_figure\(fig, "(\w+)"', cell.source)
+            for output in cell.get("outputs", []) if named else []:
+                if "image/png" in output.get("data", {}):
+                    with bu.replacing(folder / f"{named[1]}.png") as part:
+                        part.write_bytes(base64.b64decode(output.data["image/png"]))
+
+
 def main(wanted, release):
     bu.quiet()
     profile = bu.current_profile()
@@ -86,7 +98,6 @@ def main(wanted, release):
     print("[data and model] fetched, checked and converted on the first run only", flush=True)
     bu.load_ml1m()
     bu.load_llm(profile.llm, layers=profile.layers)
-    began = time.time()
     os.environ["BINLLM_OUTPUT"] = str(bu.OUTPUT)  # the same place for the kernels, wherever they start
     for place, path in enumerate(paths, 1):
         minutes, peak_gb = execute(path, folder / path.name)
@@ -99,9 +110,7 @@ def main(wanted, release):
         records.put_row(results / "runtimes.csv", row, ["notebook", "profile"])
         print(f"[{place}/{len(paths)}] {path.name}: {minutes:.1f} min, {peak_gb:.1f} GB", flush=True)
     if release:
-        new = [p for p in (bu.OUTPUT / "figures").glob("*.png") if p.stat().st_mtime >= began]
-        for picture in new:  # not those that tests left there
-            shutil.copyfile(picture, ROOT / "figures" / picture.name)
+        pictures(ROOT / "notebooks", ROOT / "figures")
     shown = bu.OUTPUT.relative_to(ROOT) if bu.OUTPUT.is_relative_to(ROOT) else bu.OUTPUT
     print(f"notebooks, pictures and run times: {folder.relative_to(ROOT) if release else shown}/")
 
