@@ -1059,11 +1059,8 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     accelerator = Accelerator(mixed_precision=half[compute_dtype()])
     state = _TuningState(model, accelerator, lr, seed)
-    how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora)), valid is None]
-    how += [
-        bool(getattr(_base(model), "is_quantized", False)),
-        *([list(valid[0]), list(map(float, valid[1]))] if valid else []),
-    ]
+    how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora))]
+    how += [getattr(_base(model), "is_quantized", False), valid and [list(valid[0]), list(map(float, valid[1]))]]
     state.run = digest([*how, ids], labels, *state.arrays())
     if folder:
         state.read(folder)
@@ -1191,7 +1188,7 @@ def _estimate(model, ids, batches, answers):
 
 
 class _TuningState:
-    """All that `tune` needs to go on: weights, optimiser, curve, best weights, random state; kept in one file."""
+    """All that `tune` needs to go on: weights, optimiser, curve and best weights; kept in one file."""
 
     def __init__(self, model, accelerator, lr, seed):
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}

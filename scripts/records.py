@@ -103,6 +103,15 @@ def put_row(path, row, key):
         table.to_csv(part, index=False)
 
 
+def has_row(path, known):
+    """Whether the CSV file `path` is there and has a row with the values `known` (a dict; None is an empty cell)."""
+    if not Path(path).exists():
+        return False
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    cells = {name: "" if value is None else str(value) for name, value in known.items()}
+    return bool((table[list(cells)] == cells).all(axis=1).any())
+
+
 def record(profile, rows, scores, **what):
     """Put the AUC and UAUC of `scores` on `rows` into metrics.csv; what: values of other METRIC_COLUMNS.
 

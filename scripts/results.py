@@ -93,11 +93,9 @@ def without_llm(name, dataset, profile, seeds=5):
     """Put what `collaborative` calls `name` into metrics.csv, all seeds that are not there."""
     about, way = collaborative(dataset, profile)[name]
     path = records.results_folder(profile) / "metrics.csv"
-    there = pd.read_csv(path, dtype=str, keep_default_na=False) if path.exists() else None
     for seed in range(seeds) if about["model"] != "popularity" else (None,):
         row = about | {"seed": seed, "profile": profile.name, "rows": len(dataset.test)}
-        known = {column: "" if value is None else str(value) for column, value in row.items()}
-        if there is not None and (there[list(known)] == known).all(axis=1).any():
+        if records.has_row(path, row):
             continue
         scores, seconds = way(seed)
         where = {"dataset": dataset.name, "split": "test", "seed": seed, "seconds": seconds and round(seconds, 1)}
@@ -227,9 +225,7 @@ def answer(name, seed, dataset, profile):
         "profile": profile.name,
         "made_from": bu.digest(card, *(len(part) for part in rows.values())),
     }
-    if (folder / "runs.csv").exists() and (pd.read_csv(folder / "runs.csv", dtype=str)[list(asked)] == asked).all(
-        axis=1
-    ).any():
+    if records.has_row(folder / "runs.csv", asked):
         return print(f"{title}: there already", flush=True)
     model, tokenizer, curve = tuned_llm(dataset, codes, profile, run, seed)
     began, count = time.perf_counter(), 0

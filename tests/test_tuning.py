@@ -92,6 +92,15 @@ def stop_at(monkeypatch, step, error):
     return calls
 
 
+def interrupted_at_step_3(folder, monkeypatch):
+    """The bytes of the checkpoint that a run leaves in `folder` when it is interrupted there."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            tune_kept(bu.load_llm(layers=2), folder)
+    return (folder / "checkpoint.safetensors").read_bytes()
+
+
 def test_an_interrupted_run_goes_on(llm, tmp_path, monkeypatch):
     """Ctrl-C, or a notebook's stop button: the steps done so far are not done again."""
     # The opposite is wanted on valid, so that an early step is the best and must come back from the checkpoint.
@@ -113,11 +122,7 @@ def test_an_interrupted_run_goes_on(llm, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(llm, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            tune_kept(bu.load_llm(layers=2), tmp_path)
-    good = (tmp_path / "checkpoint.safetensors").read_bytes()
+    good = interrupted_at_step_3(tmp_path, monkeypatch)
 
     def full(tensors, path, **_):
         path.write_bytes(b"half a file")
@@ -201,11 +206,7 @@ def test_the_loop_is_the_textbooks(llm):
 
 
 def test_a_loss_that_is_no_number_stops_at_once_and_keeps_the_checkpoint(llm, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            tune_kept(bu.load_llm(layers=2), tmp_path)
-    good = (tmp_path / "checkpoint.safetensors").read_bytes()
+    good = interrupted_at_step_3(tmp_path, monkeypatch)
     real = bu.answer_logits
     monkeypatch.setattr(bu, "answer_logits", lambda *args: real(*args) * float("nan"))
     with pytest.raises(FloatingPointError, match="step 3: the loss is nan; lower lr"):
