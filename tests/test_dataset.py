@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from conftest import make_dataset, make_rows
 
+import binllm_data
 import binllm_utils as bu
 
 
@@ -37,7 +38,7 @@ def test_popularity_gives_the_known_anchor(ml1m):
 
 def test_official_archive_gives_the_same_dataset(ml1m, tmp_path, monkeypatch):
     """Rewrite the registry's ratings in the official files' format and order, and load those."""
-    ratings = bu._read_ml1m(bu.fetch(bu.ML1M_OFFICIAL, bu.ML1M_REGISTRY))
+    ratings = binllm_data._read_ml1m(bu.fetch(bu.ML1M_OFFICIAL, bu.ML1M_REGISTRY))
     month = pd.to_datetime(ratings.timestamp, unit="s").dt.to_period("M")
     ratings = ratings[month.between("2001-06", "2003-01") | (ratings.timestamp == ratings.timestamp.min())].copy()
     ratings["movie"] = pd.factorize(ratings.title)[0] + 1
@@ -50,7 +51,7 @@ def test_official_archive_gives_the_same_dataset(ml1m, tmp_path, monkeypatch):
             "\n".join(f"{m}::{t}::{'|'.join(g)}" for m, t, g in zip(movies.movie, movies.title, movies.genres)) + "\n"
         )
         archive.writestr("ml-1m/movies.dat", text.encode("latin-1"))
-    monkeypatch.setattr(bu, "fetch", lambda *sources, cache=None: tmp_path / "ml-1m.zip")
+    monkeypatch.setattr(binllm_data, "fetch", lambda *sources, cache=None: tmp_path / "ml-1m.zip")
     official = bu.load_ml1m()
     assert official.titles == ml1m.titles and official.tags == ml1m.tags
     for split in bu.SPLITS:

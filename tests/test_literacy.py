@@ -85,13 +85,11 @@ def test_the_shipped_adapters_are_small_and_say_how_they_were_made(name):
 @pytest.fixture
 def in_small(toy, toy_codes, tmp_path, monkeypatch):
     """The script on toy data and two layers, every file of it under tmp_path."""
-    whole, converted = bu.load_llm, bu._smollm2_folder()
+    whole = bu.load_llm
 
     def two_layers(**_):
         return whole(layers=2, nf4=False)
 
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / converted.name).symlink_to(converted)
     for name, value in (("CACHE", tmp_path / "cache"), ("load_llm", two_layers)):
         monkeypatch.setattr(bu, name, value)
     monkeypatch.setattr(adapters, "ADAPTERS", tmp_path)

@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 
+import binllm_llm
 import binllm_utils as bu
 
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -167,7 +168,7 @@ def test_loading_order(monkeypatch, tmp_path):
     def no_registry():
         raise OSError("no registry")
 
-    monkeypatch.setattr(bu, "_smollm2_folder", no_registry)
+    monkeypatch.setattr(binllm_llm, "_smollm2_folder", no_registry)
     with pytest.raises(OSError, match=f"no LLM '{bu.SMOLLM2}'"):  # it did turn to the hub, which tests cannot reach
         bu.load_llm()
 

@@ -14,9 +14,7 @@ SMOKE = bu.PROFILES["smoke"]
 @pytest.fixture
 def small(toy, toy_codes, tmp_path, monkeypatch):
     """The script on toy data and two layers, every file of it under tmp_path; counts what is tuned."""
-    converted, tuned, real = bu._smollm2_folder(), [], bu.tune
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / converted.name).symlink_to(converted)
+    tuned, real = [], bu.tune
     monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(bu, "OUTPUT", tmp_path)
     codes = {"now": toy_codes}

