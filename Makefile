@@ -13,7 +13,7 @@ test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	BINLLM_PROFILE=smoke $(BIN)/pytest tests
 	$(NBVAL) --nbval notebooks/02_*.ipynb notebooks/03_*.ipynb
-	$(NBVAL) --nbval-lax notebooks/0[01456789]_*.ipynb
+	$(NBVAL) --nbval-lax notebooks/0[01456789]_*.ipynb notebooks/solutions/*.ipynb
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.

@@ -278,7 +278,7 @@ def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, see
         if low < 0 or high >= len(vectors):
             raise ValueError(f"{name} {low if low < 0 else high} has no vector; there are {len(vectors)}, from id 0")
         sides.append((vectors / np.sqrt((vectors**2).mean())).astype(np.float32))
-    _check_both_classes(interactions, "interactions")
+    _check_both_classes(interactions=interactions)
     held_out = np.random.default_rng(seed).permutation(len(interactions)) < max(1, len(interactions) // 10)
     parts = SimpleNamespace(train=interactions[~held_out], valid=interactions[held_out])
     torch.manual_seed(seed)
@@ -390,3 +390,12 @@ def code_questions(codes, template=ALIKE):
     """`template` (ALIKE or ALIKE_PAIRS) about user i and item i of `codes`, for each i: a list of prompts."""
     pairs = zip(codes.users, codes.items)
     return [template.format(user=bu.to_bits(a), item=bu.to_bits(b), pairs=to_pairs(a, b)) for a, b in pairs]
+
+
+def load_shipped(model, name):
+    """`model` with the adapter data/adapters/`name`; as it is, and a line says so, if that is for another LLM."""
+    try:
+        return bu.load_adapter(model, bu.ROOT / "data" / "adapters" / name)
+    except ValueError as error:
+        print(f"no adapter {name!r} for this LLM, it answers as it is: {error}")
+        return model

@@ -312,7 +312,7 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
     Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`.
     Raises ValueError when the training or valid labels are of one class only.
     """
-    _check_both_classes(dataset)
+    _check_both_classes(train=dataset.train, valid=dataset.valid)
     users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
@@ -348,8 +348,8 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
     return pd.DataFrame(curve, columns=["epoch", "loss", "valid_auc", "seconds"])
 
 
-def _check_both_classes(dataset):
-    for name, rows in (("train", dataset.train), ("valid", dataset.valid)):
+def _check_both_classes(**parts):
+    for name, rows in parts.items():
         if rows.label.nunique() < 2:
             raise ValueError(f"{name}: all labels are {rows.label.iloc[0]}; likes and dislikes needed")
 
@@ -636,6 +636,33 @@ def evaluate(rows, scores):
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito, safe for colour-blind eyes
+
+
+def diagram(boxes, arrows=(), size=(9, 2.4)):
+    """A figure of boxes and arrows, `size` in inches.
+
+    boxes: {name: (x, y, text, colour)}, x and y from 0 to 1; arrows: (from, to, label), or (from, to, label, bend) for
+    a dashed one that bends, up where `bend` is above 0.
+    """
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=size)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.axis("off")
+    looks = {"ha": "center", "va": "center", "fontsize": 10, "linespacing": 1.4}
+    drawn = {}
+    for name, (x, y, text, color) in boxes.items():
+        bbox = {"boxstyle": "round,pad=0.5", "facecolor": f"{color}30", "edgecolor": color}
+        drawn[name] = ax.text(x, y, text, bbox=bbox, **looks).get_bbox_patch()
+    for start, end, label, *bend in arrows:
+        ends = {"patchA": drawn[start], "patchB": drawn[end], "shrinkA": 2, "shrinkB": 2, "color": "0.25"}
+        if bend:
+            ends |= {"connectionstyle": f"arc3,rad={-bend[0]}", "linestyle": "--", "color": COLORS[1]}
+        (x1, y1, *_), (x2, y2, *_) = boxes[start], boxes[end]
+        ax.annotate("", (x2, y2), (x1, y1), arrowprops={"arrowstyle": "-|>", **ends})
+        height = abs(x2 - x1) * bend[0] * size[0] / size[1] / 2 if bend else 0.08
+        ax.text((x1 + x2) / 2, (y1 + y2) / 2 + height, label, ha="center", va="bottom", fontsize=9, color=ends["color"])
+    return fig
 
 
 def save_figure(fig, name, alt):

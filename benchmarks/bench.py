@@ -1,6 +1,6 @@
 """Speed and memory side by side with the plain way of doing the same; each comparison becomes a row of bench.csv.
 
-python benchmarks/bench.py               all of them, about a quarter of an hour on two CPU cores
+python benchmarks/bench.py               all of them, about forty minutes on two CPU cores
 python benchmarks/bench.py score tune     some
 python benchmarks/bench.py qlora         4-bit QLoRA of a model of 7 billion weights, on a GPU only; 20 GB of disk
 
@@ -213,9 +213,9 @@ def bench_score():
     """
     test = bu.load_ml1m().test
     mixed = test.sample(frac=1, random_state=0)
-    whole = test[test.user.isin(mixed.user.unique()[:8])].head(160)
+    whole = test[test.user.isin(mixed.user.unique()[:4])].head(96)
     peer = f"transformers: full logits, padded in the order given, {PEER_BATCH} a batch", version("transformers")
-    for name, rows in (("score", whole), ("score_unrelated", mixed.drop_duplicates("user").head(64))):
+    for name, rows in (("score", whole), ("score_unrelated", mixed.drop_duplicates("user").head(40))):
         ours, plain, results = in_children((our_scores, plain_scores), prompts_about(rows))
         gap = np.abs(results[0] - results[1]).max()
         assert gap < 1e-3, f"the scores differ by {gap}"

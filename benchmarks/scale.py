@@ -2,7 +2,8 @@
 
 python benchmarks/scale.py             some minutes on two CPU cores
 
-Each size runs in a process of its own, so that its peak memory is its own. Notebook 01 draws the figure.
+The codes are those by descent, of a continuous model (`bx.fit_hybrid`, `bx.binarise`). Each size runs in a process of
+its own, so that its peak memory is its own.
 """
 
 import json

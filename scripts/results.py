@@ -6,8 +6,8 @@ python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for an
 Without a GPU the profile is `patient`: 1,024 tuning rows and all test rows, an hour a run on two slow cores; with one
 it is `full`, the whole training split. BINLLM_PROFILE chooses another.
 
-The files: metrics.csv, a line a result; runs.csv, how each run of the LLM was made; answers-PROFILE-SPLIT.parquet,
-P(Yes), a column a run, a line a row of the split.
+The files: metrics.csv, a line a result; runs.csv, how each run of the LLM was made, and curves.csv, its loss by step;
+answers-PROFILE-SPLIT.parquet, P(Yes), a column a run, a line a row of the split.
 """
 
 import json
@@ -247,8 +247,18 @@ def answer(name, seed, dataset, profile):
         "seconds_per_prompt": round(seconds, 4),
     }
     row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
+    keep_curve(folder / "curves.csv", title, profile, curve)
     records.put_row(folder / "runs.csv", row, ["run", "profile"])
     print(f"{title}: {count:,} prompts in {seconds * count:.0f} s", flush=True)
+
+
+def keep_curve(path, title, profile, curve):
+    """Put a run's learning curve into curves.csv, in place of an earlier one."""
+    curve = curve[["step", "rows", "loss"]].round(4).assign(run=title, profile=profile.name)
+    others = pd.read_csv(path) if path.exists() else curve.head(0)
+    others = others[(others.run != title) | (others.profile != profile.name)]
+    with bu.replacing(path) as part:
+        pd.concat([others, curve]).to_csv(part, index=False)
 
 
 def main(wanted):

@@ -2,7 +2,7 @@
 
 python scripts/run.py              all of them
 python scripts/run.py 01 05        those that begin so
-python scripts/run.py --release    in place, with figures/ and data/results/runtimes.csv: for maintainers
+python scripts/run.py --release    in place, with solutions, figures/ and data/results/runtimes.csv: for maintainers
 
 A notebook that fails stops the run; its outputs up to the error are in executed/failed.
 """
@@ -109,6 +109,9 @@ def main(wanted, release):
         }
         records.put_row(results / "runtimes.csv", row, ["notebook", "profile"])
         print(f"[{place}/{len(paths)}] {path.name}: {minutes:.1f} min, {peak_gb:.1f} GB", flush=True)
+        solutions = path.parent / "solutions" / path.name
+        if release and solutions.exists():
+            execute(solutions, solutions)
     if release:
         pictures(ROOT / "notebooks", ROOT / "figures")
     shown = bu.OUTPUT.relative_to(ROOT) if bu.OUTPUT.is_relative_to(ROOT) else bu.OUTPUT

@@ -70,11 +70,27 @@ def test_code_parses(notebook):
         ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", cell.source))
 
 
-def test_set_up_is_the_same_in_all(notebook):
-    first = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
-    mine = code_cells(notebook[1])[0].source
+SOLUTIONS = sorted(ROOT.glob("notebooks/solutions/*.ipynb"))
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=lambda path: str(path.relative_to(ROOT / "notebooks")))
+def test_set_up_is_the_same_in_all(path):
+    first, mine = (code_cells(nbformat.read(p, as_version=4))[0].source for p in (NOTEBOOKS[0], path))
     assert mine.splitlines()[:-1] == first.splitlines()[:-1]
-    assert mine.splitlines()[-1] == f'profile = bu.start("{notebook[0].stem}")'
+    assert mine.splitlines()[-1] == f'profile = bu.start("{path.stem}")'
+
+
+def test_lessons_show_short_cells_with_short_lines(notebook):
+    """Of Part I: what a reader sees is short; drawings are folded. A cell is 20 lines, or one class or function."""
+    if notebook[0].name >= "06":
+        return
+    shown = [cell for cell in code_cells(notebook[1]) if "hide-input" not in cell.metadata.get("tags", [])]
+    lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in shown]
+    assert sorted(lengths)[len(lengths) // 2] <= 8
+    for cell, length in zip(shown, lengths):
+        whole = len(ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", cell.source)).body) == 1
+        assert length <= 20 or whole, cell.source[:80]
+        assert all(len(line) <= 120 for line in cell.source.splitlines())
 
 
 def test_opens_with_its_question_and_closes_with_exercises(notebook):
@@ -84,9 +100,25 @@ def test_opens_with_its_question_and_closes_with_exercises(notebook):
     whole = "\n".join(prose)
     for heading in ("## What we saw", "## What can go wrong", "## Exercises", "## Where to go next"):
         assert heading in whole, heading
-    solutions = [cell for cell in code_cells(notebook[1]) if "solution" in cell.metadata.get("tags", [])]
-    assert len(solutions) == 3 and all("assert" in cell.source for cell in solutions)
-    assert all(cell.metadata.jupyter.source_hidden for cell in solutions)
+
+
+def test_three_exercises_have_solutions(notebook):
+    """In a notebook of their own for Part I; folded under their question for Part II."""
+    path = notebook[0].parent / "solutions" / notebook[0].name
+    whole = "\n".join(cell.source for cell in notebook[1].cells if cell.cell_type == "markdown")
+    questions = re.findall(r"(?m)^\d\. (.*)$", whole.split("## Exercises")[1])
+    if notebook[0].name >= "06":
+        solutions = [cell for cell in code_cells(notebook[1]) if "solution" in cell.metadata.get("tags", [])]
+    else:
+        apart = nbformat.read(path, as_version=4)
+        told = [cell.source for cell in apart.cells if cell.source.startswith("**")]
+        assert [text[2:3] for text in told] == ["1", "2", "3"]
+        assert f"(solutions/{path.name})" in whole
+        solutions = [cell for cell in code_cells(apart) if "assert" in cell.source]
+        counts = [cell.execution_count for cell in code_cells(apart)]
+        assert counts == list(range(1, len(counts) + 1)), "run it with scripts/run.py --release"
+        assert not any(output.output_type == "error" for cell in code_cells(apart) for output in cell.outputs)
+    assert len(questions) == len(solutions) == 3 and all("assert" in cell.source for cell in solutions)
 
 
 def test_has_enough_prose(notebook):
@@ -111,7 +143,8 @@ def test_links_lead_somewhere(notebook):
                 assert (notebook[0].parent / target).exists(), target
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/FASTER.md", "docs/GLOSSARY.md", "benchmarks/README.md", "data/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "data/README.md"]
+PAGES += ["docs/FASTER.md", "docs/GLOSSARY.md", "docs/TROUBLE.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
