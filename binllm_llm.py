@@ -331,8 +331,12 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
 
 def _check_targets(prompts, labels):
     labels = np.asarray(labels, dtype=np.float32)
-    if len(labels) != len(prompts) or not ((labels >= 0) & (labels <= 1)).all() or np.ptp(labels) == 0:
-        raise ValueError(f"{len(prompts)} prompts need as many labels from 0 to 1, not all the same; got {len(labels)}")
+    if labels.shape != (len(prompts),):
+        raise ValueError(f"{len(prompts)} prompts and labels of shape {labels.shape}; give one label a prompt")
+    if not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError(f"labels go from {labels.min()} to {labels.max()}; give 0 and 1, or shares between them")
+    if np.ptp(labels) == 0:
+        raise ValueError(f"all {len(labels)} labels are {labels[0]}; take rows with likes and dislikes")
     return labels
 
 

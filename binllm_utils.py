@@ -657,7 +657,8 @@ def diagram(boxes, arrows=(), size=(9, 2.4)):
     for start, end, label, *bend in arrows:
         ends = {"patchA": drawn[start], "patchB": drawn[end], "shrinkA": 2, "shrinkB": 2, "color": "0.25"}
         if bend:
-            ends |= {"connectionstyle": f"arc3,rad={-bend[0]}", "linestyle": "--", "color": COLORS[1]}
+            up = bend[0] if boxes[start][0] > boxes[end][0] else -bend[0]
+            ends |= {"connectionstyle": f"arc3,rad={up}", "linestyle": "--", "color": COLORS[1]}
         (x1, y1, *_), (x2, y2, *_) = boxes[start], boxes[end]
         ax.annotate("", (x2, y2), (x1, y1), arrowprops={"arrowstyle": "-|>", **ends})
         height = abs(x2 - x1) * bend[0] * size[0] / size[1] / 2 if bend else 0.08

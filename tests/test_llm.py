@@ -189,9 +189,18 @@ def test_bad_prompts_are_named(llm):
         bu.score(model, tokenizer, ["short", "word " * 9000])
 
 
-@pytest.mark.parametrize("labels", [[1, 1, 1], [0, 1], [0, 1, 2], [0, 1, np.nan]])
-def test_bad_labels_are_named(llm, labels):
-    with pytest.raises(ValueError, match="3 prompts need as many labels from 0 to 1, not all the same"):
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        ([1, 1, 1], r"all 3 labels are 1\.0; take rows with likes and dislikes"),
+        ([0, 1], r"3 prompts and labels of shape \(2,\); give one label a prompt"),
+        ([[0, 1, 1]], r"3 prompts and labels of shape \(1, 3\); give one label a prompt"),
+        ([0, 1, 2], r"labels go from 0\.0 to 2\.0; give 0 and 1"),
+        ([0, 1, np.nan], "labels go from nan to nan; give 0 and 1"),
+    ],
+)
+def test_bad_labels_are_named(llm, labels, said):
+    with pytest.raises(ValueError, match=said):
         bu.tune(*llm, prompts_of(3), labels, progress=False)
 
 
