@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,15 +120,21 @@ def fetch(*sources, cache=None):
 
 
 # ------------------------------------------------------------------------------------------------------------ dataset
+COLUMNS = ["user", "item", "label", "timestamp"]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Interactions in three parts by time, and the items' titles.
 
-    train, valid, test: DataFrames with integer columns `user`, `item` (ids from 0), `label` (1 liked, 0 not) and
-    `timestamp` (seconds), kept as int64; `titles[item]` is the item's title; `name` goes into the records.
-    `tags[item]`, if given, holds words about the item (genres, years…), known before anybody has rated it.
-    Raises ValueError naming split and row for a missing column, an empty split, a label that is not 0 or 1,
-    an interaction given twice, an id below 0, or an item without a title; or for tags that are not one list an item.
+    train, valid, test: DataFrames with columns `user`, `item` (ids from 0), `label` (1 liked, 0 not) and `timestamp`:
+    integers of any type, and for times also datetime64; integers are taken for seconds, milli-, micro- or nanoseconds
+    by their size. All are kept as int64, times in seconds. `titles[item]` is the item's title, text or a number;
+    `name` goes into the records. `tags[item]`, if given, holds words about the item (genres, years…), known before
+    anybody has rated it.
+    Raises ValueError naming split and row for a missing column or value, an empty split, a label that is not 0 or 1,
+    an interaction given twice, an id below 0 or far above the number of ids, an item without a title; or for tags
+    that are not one list an item. Warns where rows of train are later than test's, and where all times are equal.
     """
 
     train: pd.DataFrame
@@ -138,18 +145,18 @@ class Dataset:
     tags: list[tuple[str, ...]] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "titles", list(self.titles))  # by place, whatever index a Series has
-        if self.tags is not None and len(self.tags) != len(self.titles):
-            raise ValueError(f"{len(self.tags)} lists of tags for {len(self.titles)} items; give one an item, or none")
+        object.__setattr__(self, "titles", _check_titles(self.titles))
+        object.__setattr__(self, "tags", _check_tags(self.tags, len(self.titles)))
         for split in SPLITS:
-            checked = _check_interactions(getattr(self, split), split, self.titles)
-            object.__setattr__(self, split, checked)
+            object.__setattr__(self, split, _check_interactions(getattr(self, split), split, len(self.titles)))
         log = self.log
-        twice = log.duplicated(["user", "item", "timestamp"])
+        twice = log.duplicated(["user", "item", "timestamp"]).to_numpy()
         if twice.any():
             split, row = log.index[np.flatnonzero(twice)[0]]
             user, item = log.user.to_numpy()[twice][0], log.item.to_numpy()[twice][0]
             raise ValueError(f"{split}, row {row}: user {user} and item {item} come twice at one time; drop one")
+        _check_ids(log)
+        _warn_of_times(self)
 
     @property
     def log(self):
@@ -165,27 +172,92 @@ class Dataset:
         return len(self.titles)
 
 
-def _check_interactions(frame, split, titles):
-    columns = ["user", "item", "label", "timestamp"]
-    missing = [column for column in columns if column not in frame.columns]
+def _check_titles(titles):
+    """Titles as a list of text, by place, whatever index a Series has."""
+    if isinstance(titles, str):
+        raise ValueError("titles is one text; give a list with a title an item")
+    titles = list(titles)
+    for item, title in enumerate(titles):
+        number = isinstance(title, (int, float, np.number)) and not isinstance(title, bool)
+        if number and title == title:  # the film "1984", as a table reader may give it
+            titles[item] = f"{title:g}"
+        elif not isinstance(title, str) or not any(letter.isprintable() and not letter.isspace() for letter in title):
+            raise ValueError(f"item {item} has no title but {title!r}; give each item a text (a film called NA: "
+                             "read the file with keep_default_na=False)")  # fmt: skip
+    return titles
+
+
+def _check_tags(tags, n_items):
+    if tags is None:
+        return None
+    tags = list(tags)
+    if len(tags) != n_items:
+        raise ValueError(f"{len(tags)} lists of tags for {n_items} items; give one an item, or none")
+    for item, words in enumerate(tags):
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"tags of item {item} are {words!r}; give a list of words, such as ['Action', 'Comedy']")
+    return [tuple(words) for words in tags]
+
+
+def _seconds(times):
+    """int64 seconds from datetime64, or from integers in seconds, milli-, micro- or nanoseconds, told by their size."""
+    if pd.api.types.is_datetime64_any_dtype(times):
+        return pd.DatetimeIndex(times).as_unit("s").asi8
+    times = times.to_numpy(np.int64)
+    largest = max(abs(int(times.min())), abs(int(times.max()))) if len(times) else 0
+    unit = next((unit for unit in (1, 10**3, 10**6) if largest < 10**11 * unit), 10**9)  # 10^11 s: the year 5138
+    return times // unit
+
+
+def _check_interactions(frame, split, n_items):
+    """The four columns as int64, times in seconds; raises ValueError that names the row."""
+    missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
-        raise ValueError(f"{split}: column {missing[0]!r} is missing; the columns must be {', '.join(columns)}")
+        raise ValueError(f"{split}: column {missing[0]!r} is missing; the columns must be {', '.join(COLUMNS)}")
     if frame.empty:
         raise ValueError(f"{split}: the split is empty; give each of {', '.join(SPLITS)} at least one row")
-    for column in columns:
-        if not pd.api.types.is_integer_dtype(frame[column]) or frame[column].isna().any():
+    for column in COLUMNS:
+        absent = frame[column].isna().to_numpy()
+        if absent.any():
+            raise ValueError(f"{split}, row {frame.index[absent.argmax()]}: no {column}; fill it in or drop the row")
+        is_time = column == "timestamp" and pd.api.types.is_datetime64_any_dtype(frame[column])
+        is_flag = column == "label" and pd.api.types.is_bool_dtype(frame[column])
+        if not (is_time or is_flag or pd.api.types.is_integer_dtype(frame[column])):
             raise ValueError(f"{split}: column {column!r} holds {frame[column].dtype}, not integers; convert it first")
-    frame = frame.astype(dict.fromkeys(columns, np.int64))  # narrower integers would overflow in sums
-    known = pd.Series([isinstance(title, str) and bool(title.strip()) for title in titles], dtype=bool)
+    frame = frame.assign(timestamp=_seconds(frame.timestamp))
+    frame = frame.astype(dict.fromkeys(COLUMNS, np.int64))  # narrower integers would overflow in products
     for bad, what in (
         (~frame.label.isin([0, 1]), "label {label} is not 0 or 1; turn ratings into likes first (ML-1M: rating >= 4)"),
         (frame.user < 0, "user id {user} is below 0; number users from 0"),
-        (~frame.item.map(known).eq(True), "item id {item} has no title; add one to titles, or drop the row"),
+        (~frame.item.between(0, n_items - 1), "item id {item} has no title; add one to titles, or drop the row"),
     ):
         if bad.any():
             place = int(np.argmax(bad))
-            raise ValueError(f"{split}, row {frame.index[place]}: {what.format(**frame[columns].iloc[place])}")
+            raise ValueError(f"{split}, row {frame.index[place]}: {what.format(**frame[COLUMNS].iloc[place])}")
     return frame
+
+
+def _check_ids(log):
+    """Refuse ids so sparse that tables by id would fill the memory with rows that nobody has."""
+    users, largest = log.user.nunique(), log.user.max()
+    if largest > 1_000_000 and largest > 20 * users:
+        split, row = log.index[log.user.argmax()]
+        raise ValueError(
+            f"{split}, row {row}: user id {largest}, but there are {users:,} users; number users from 0 (pd.factorize)"
+        )
+
+
+def _warn_of_times(dataset):
+    """Say where times cannot mean what they should."""
+    if dataset.log.timestamp.nunique() == 1:
+        warnings.warn("all rows have the same time: no row has a history; give times, or an order", stacklevel=4)
+    elif dataset.train.timestamp.max() > dataset.test.timestamp.min():
+        late = int((dataset.train.timestamp > dataset.test.timestamp.min()).sum())
+        warnings.warn(
+            f"{late:,} rows of train are later than the first of test: a model learns from what comes after the rows "
+            "that it is judged on; split by time",
+            stacklevel=4,
+        )
 
 
 def _read_ml1m(path):
@@ -245,7 +317,7 @@ def liked_before(dataset, rows, last=10):
     times = np.unique(likes.timestamp)  # ranks in place of times: no product of an id and a time can overflow
     key = likes.user.to_numpy() * (len(times) + 1) + np.searchsorted(times, likes.timestamp)
     users = rows.user.to_numpy(np.int64) * (len(times) + 1)
-    stop = np.searchsorted(key, users + np.searchsorted(times, rows.timestamp.to_numpy(np.int64)))
+    stop = np.searchsorted(key, users + np.searchsorted(times, _seconds(rows.timestamp)))
     first, items = np.searchsorted(key, users), likes.item.to_numpy()
     return [items[max(a, b - last) : b] for a, b in zip(first, stop)]
 
@@ -261,7 +333,7 @@ def sittings(dataset, rows, hours=6):
         if who != user or when - start > hours * 3600:
             user, start = who, when
         began[who, when] = start
-    return np.array([began.get(key, key[1]) for key in zip(rows.user, rows.timestamp)], np.int64)
+    return np.array([began.get(key, key[1]) for key in zip(rows.user, _seconds(rows.timestamp))], np.int64)
 
 
 def sample_rows(rows, n, seed=0, per_user=10):

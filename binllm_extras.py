@@ -133,7 +133,7 @@ def code_report(codes):
             "entropy_min": entropy.min(),
             "entropy_mean": entropy.mean(),
             "effective_bits": torch.special.entr(spread / spread.sum()).sum().exp().item() if moving.any() else 0.0,
-            "correlation": np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean(),
+            "correlation": min(1.0, np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean()),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -277,10 +277,16 @@ def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, see
         low, high = interactions[name].min(), interactions[name].max()
         if low < 0 or high >= len(vectors):
             raise ValueError(f"{name} {low if low < 0 else high} has no vector; there are {len(vectors)}, from id 0")
+        vectors = vectors - vectors.mean(0)  # else all begin on one side of zero, and codes hardly differ
         sides.append((vectors / np.sqrt((vectors**2).mean())).astype(np.float32))
     _check_both_classes(interactions=interactions)
     held_out = np.random.default_rng(seed).permutation(len(interactions)) < max(1, len(interactions) // 10)
     parts = SimpleNamespace(train=interactions[~held_out], valid=interactions[held_out])
+    if min(part.label.nunique() for part in (parts.train, parts.valid)) < 2:
+        liked = int(interactions.label.sum())
+        raise ValueError(
+            f"interactions: {len(interactions)} rows, {liked} of them liked, are too few to hold a tenth out"
+        )
     torch.manual_seed(seed)
     model = EmbeddingCodes(*sides, bits)
     curve = train_cf(model, parts, lr=3e-3, weight_decay=0, seed=seed, max_epochs=max_epochs, progress=progress)

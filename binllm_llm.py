@@ -77,8 +77,8 @@ def load_llm(name=None, *, nf4=True, layers=None):
             options["config"].num_hidden_layers = layers
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ImportError) as error:  # ImportError: its tokenizer needs a package, such as sentencepiece
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise OSError(f"no LLM {str(source)!r}: {reason} Give a folder, or a hub name and a connection") from None
     for module in model.modules():
         # bitsandbytes 0.50 would repack 4-bit weights at the first scoring on a CPU with AVX512-BF16, and from then on
@@ -400,7 +400,10 @@ class _Run:
         self.model, self.ids, self.answers, self.batches, self.lr = model, ids, answers, batches, lr
         self.labels, self.seed = torch.tensor(labels, device=model.device), 1_000_003 * seed
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.accelerator = Accelerator(mixed_precision=half[compute_dtype()])
+        try:
+            self.accelerator = Accelerator(mixed_precision=half[compute_dtype()])
+        except ValueError as error:
+            raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3)
         self.optimizer = self.accelerator.prepare(self.optimizer)
         arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
@@ -512,7 +515,13 @@ class _Run:
 
 
 def save_adapter(model, folder, card, curve):
-    """Write the LoRA weights (safetensors), `card` (a dict: data, seed, versions…) and curve to `folder`, whole."""
+    """Write the LoRA weights (safetensors), `card` (a dict: data, seed, versions…) and curve to `folder`, whole.
+
+    Raises ValueError when other weights were tuned too, which the file would leave out.
+    """
+    others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    if others:
+        raise ValueError(f"{others[0]} learns too and is no LoRA weight; an adapter file would leave it out")
     with replacing(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
         (part / "README.md").unlink()  # peft's empty form; the card says what there is to say

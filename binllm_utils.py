@@ -7,7 +7,10 @@ is `bu.…` to a notebook. What goes beyond the paper is in binllm_extras.py.
 """
 
 import os
+import re
+import string
 import time
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,14 +166,21 @@ class Codes:
 
         An id of -1, as libraries write "unknown", has no code; it never means the last one.
         """
-        sides = []
-        for name, table in (("user", self.users), ("item", self.items)):
-            ids = rows[name].to_numpy()
-            outside = ids[(ids < 0) | (ids >= len(table))]
-            if len(outside):
-                raise ValueError(f"{name} {outside[0]} has no code; there are codes for 0 to {len(table) - 1}")
-            sides.append(table[ids])
-        return sides
+        sides = (("user", self.users), ("item", self.items))
+        return [table[_ids(rows, name, len(table), "code")] for name, table in sides]
+
+
+def _ids(rows, column, count, what):
+    """That column as int64; raises ValueError for one that does not hold whole numbers from 0 to `count` - 1."""
+    ids = rows[column]
+    if not pd.api.types.is_integer_dtype(ids) or ids.isna().any():
+        missing = ", some missing" if ids.isna().any() else ""
+        raise ValueError(f"column {column!r} holds {ids.dtype}{missing}; give whole numbers")
+    ids = ids.to_numpy(np.int64)
+    outside = ids[(ids < 0) | (ids >= count)]
+    if len(outside):
+        raise ValueError(f"{column} {outside[0]} has no {what}; there are {what}s for 0 to {count - 1}")
+    return ids
 
 
 def _check_bits(code, name="code"):
@@ -488,6 +498,33 @@ TEMPLATES = {
     'Answer with "Yes" or "No". \\n#Answer:',
 }
 FORMATS = {"bits": to_bits, "dotted": to_dotted}
+TITLE_LENGTH = 200  # characters of a title that a prompt shows
+FIELDS = ("likes", "title", "user", "item", "pairs")
+
+
+def shown_title(title):
+    """`title` as a prompt shows it: one line of at most TITLE_LENGTH characters, without control characters.
+
+    It can neither end the quotes around it (" becomes ') nor look like the line that asks for the answer.
+    """
+    kept = (" " if c.isspace() else c for c in title if c.isspace() or unicodedata.category(c)[0] != "C")
+    text = " ".join("".join(kept).split()).replace('"', "'")
+    text = re.sub(r"#(?=\s*(question|answer)\s*:)", "", text, flags=re.IGNORECASE)
+    return text if len(text) <= TITLE_LENGTH else text[: TITLE_LENGTH - 1] + "…"
+
+
+def _template(style):
+    """The template named or given; raises ValueError for one with fields that no prompt has."""
+    template = TEMPLATES.get(style, style if "{" in style else None)
+    if template is None:
+        raise ValueError(f"style is {style!r}; choose from {', '.join(TEMPLATES)}, or give a template with fields")
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"style {style!r} is no template: {error}; write {{{{ for a brace") from None
+    if fields - set(FIELDS):
+        raise ValueError(f"style has the field {{{(fields - set(FIELDS)).pop()}}}; there are {', '.join(FIELDS)}")
+    return template
 
 
 def build_prompts(
@@ -505,21 +542,16 @@ def build_prompts(
     an empty history, and history by row. (Its literal "<s>" in front is LLaMA's start token; that tokenizer adds it.)
     Raises ValueError for an unknown style, format or history, or ids that have no code.
     """
-    template = TEMPLATES.get(style, style if "{" in style else None)
-    write = FORMATS.get(fmt, fmt if callable(fmt) else None)
-    if template is None or write is None or history not in ("sitting", "row"):
-        raise ValueError(
-            f"style {style!r}, format {fmt!r}, history {history!r}: choose from {', '.join(TEMPLATES)}; "
-            f"{', '.join(FORMATS)}; sitting, row"
-        )
-    unknown = rows.item[~rows.item.between(0, dataset.n_items - 1)]
-    if len(unknown):
-        raise ValueError(f"item {unknown.iloc[0]} has no title; there are titles for 0 to {dataset.n_items - 1}")
-    fields = {"title": [f'"{dataset.titles[item].strip()}"' for item in rows.item]}
+    template, write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
+    if write is None or history not in ("sitting", "row"):
+        raise ValueError(f"format {fmt!r}, history {history!r}: choose from {', '.join(FORMATS)}; sitting, row")
+    shown = [title.strip() if faithful else shown_title(title) for title in dataset.titles]
+    fields = {"title": [f'"{shown[item]}"' for item in _ids(rows, "item", dataset.n_items, "title")]}
     if "{likes}" in template:
         then = rows.assign(timestamp=sittings(dataset, rows)) if history == "sitting" and not faithful else rows
         nothing = "unkow" if faithful else "none so far"
-        titles = [[f'"{dataset.titles[i]}"' for i in liked] for liked in liked_before(dataset, then, likes)]
+        shown = dataset.titles if faithful else shown
+        titles = [[f'"{shown[i]}"' for i in liked] for liked in liked_before(dataset, then, likes)]
         fields["likes"] = [", ".join(liked) or nothing for liked in titles]
     if any(field in template for field in ("{user}", "{item}", "{pairs}")):
         if codes is None:
@@ -532,14 +564,29 @@ def build_prompts(
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
-def _check_scores(labels, scores):
-    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if len(labels) != len(scores):
-        raise ValueError(f"{len(labels)} labels and {len(scores)} scores; give one score a label")
+def _one_a_row(values, name):
+    """float64 [rows] from a list, array, Series or tensor, by place; NaN for a missing value."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()
+    if np.ndim(values) != 1:
+        raise ValueError(f"{name} have shape {np.shape(values)}; give one a row")
+    try:
+        return pd.Series(values).to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} hold {pd.Series(values).dtype}; give numbers") from None
+
+
+def _check_scores(labels, scores, users=None):
+    labels, scores = _one_a_row(labels, "labels"), _one_a_row(scores, "scores")
+    if not len(labels) or len(labels) != len(scores):
+        raise ValueError(f"{len(labels)} labels and {len(scores)} scores; give one score a label, at least one")
     if not np.isfinite(scores).all():
         raise ValueError(f"score {np.flatnonzero(~np.isfinite(scores))[0]} is {scores[~np.isfinite(scores)][0]}")
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError("labels must be 0 or 1")
+        raise ValueError(f"label {labels[~np.isin(labels, (0, 1))][0]:g}; labels must be 0 or 1")
+    if users is not None and (len(users) != len(labels) or pd.isna(np.asarray(users)).any()):
+        missing = ", some of them missing" * bool(pd.isna(np.asarray(users)).any())
+        raise ValueError(f"{len(users)} users{missing} for {len(labels)} labels; name the user of each row")
     return labels.astype(np.int64), scores
 
 
@@ -567,7 +614,7 @@ def _weighted_aucs(labels, scores, weights):
 
 def user_aucs(users, labels, scores):
     """AUC of each user: a float64 Series indexed by user; NaN for a user with one row or one class."""
-    labels, scores = _check_scores(labels, scores)
+    labels, scores = _check_scores(labels, scores, users)
     rows = pd.DataFrame({"label": labels, "score": scores}).groupby(np.asarray(users)).indices
     found = {u: _weighted_aucs(labels[own], scores[own], np.ones((1, len(own))))[0] for u, own in rows.items()}
     return pd.Series(found, dtype=float)
@@ -589,12 +636,14 @@ def _bootstrap(users, labels, scores, draws, seed):
     """{"auc", "uauc"}: float64 [draws] of samples of users with replacement; one seed, the same samples."""
     each = user_aucs(users, labels, scores)
     place = each.index.get_indexer(np.asarray(users))
-    counts = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), size=draws)
-    parts = np.array_split(counts, -(-draws * len(place) // 10_000_000))  # bounds the memory
-    aucs = np.concatenate([_weighted_aucs(labels, scores, part[:, place].astype(float)) for part in parts])
-    counted = each.notna().to_numpy()
-    with np.errstate(invalid="ignore"):  # a draw may hold no countable user
-        return {"auc": aucs, "uauc": counts[:, counted] @ each[counted] / counts[:, counted].sum(1)}
+    rng, share, counted = np.random.default_rng(seed), np.full(len(each), 1 / len(each)), each.notna().to_numpy()
+    at_once, found = max(1, 10_000_000 // len(place)), {"auc": [], "uauc": []}  # bounds the memory
+    for start in range(0, draws, at_once):
+        counts = rng.multinomial(len(each), share, size=min(at_once, draws - start))  # [draws, users]
+        found["auc"].append(_weighted_aucs(labels, scores, counts[:, place].astype(float)))
+        with np.errstate(invalid="ignore"):  # a draw may hold no countable user
+            found["uauc"].append(counts[:, counted] @ each[counted] / counts[:, counted].sum(1))
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
@@ -602,7 +651,7 @@ def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
 
     Users, not rows, are drawn, for the rows of one user hang together (percentile bootstrap, Efron 1979).
     """
-    values = _bootstrap(users, *_check_scores(labels, scores), draws, seed)
+    values = _bootstrap(users, *_check_scores(labels, scores, users), draws, seed)
     return {name: tuple(np.nanpercentile(value, [2.5, 97.5]).tolist()) for name, value in values.items()}
 
 
@@ -611,7 +660,7 @@ def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
 
     difference = b - a with its 95 % interval over resampled users; p is two-sided, from the same draws.
     """
-    (labels, a), (_, b) = _check_scores(labels, scores_a), _check_scores(labels, scores_b)
+    (_, a), (labels, b) = _check_scores(labels, scores_a, users), _check_scores(labels, scores_b)
     drawn, points = [_bootstrap(users, labels, s, draws, seed) for s in (a, b)], []
     for s in (a, b):
         points.append({"auc": auc(labels, s), "uauc": uauc(users, labels, s)[0]})

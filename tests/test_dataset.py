@@ -108,7 +108,21 @@ def test_sample_holds_whole_users_up_to_the_cap(ml1m):
         ({"train": make_rows(0, 50).assign(user=-1)}, "train, row 0: user id -1 is below 0"),
         ({"train": make_rows(0, 50).assign(label=0.5)}, "train: column 'label' holds float64, not integers"),
         ({"titles": ["A"] * 29}, r"row \d+: item id 29 has no title"),
-        ({"titles": ["A"] * 29 + [" "]}, r"row \d+: item id 29 has no title"),
+        ({"titles": ["A"] * 29 + [" "]}, "item 29 has no title but ' '; give each item a text"),
+        ({"titles": ["A"] * 29 + ["\x00\u200b"]}, "item 29 has no title"),
+        ({"titles": "one text"}, "titles is one text; give a list"),
+        ({"tags": ["Action|Comedy"] * 30}, "tags of item 0 are 'Action|Comedy'; give a list of words"),
+        ({"tags": [("Action", float("nan"))] * 30}, "tags of item 0 are .*; give a list of words"),
+        ({"tags": [()] * 29}, "29 lists of tags for 30 items"),
+        (
+            {"train": make_rows(0, 50).astype({"user": "Int64"}).replace({"user": {2: pd.NA}})},
+            r"train, row \d+: no user;",
+        ),
+        ({"train": make_rows(0, 50).assign(timestamp=pd.NaT)}, "train, row 0: no timestamp; fill it in"),
+        (
+            {"train": make_rows(0, 50).assign(user=2_000_000_000)},
+            "train, row 0: user id 2000000000, but there are 21 u",
+        ),
     ],
 )
 def test_bad_data_is_named(change, message):
@@ -119,9 +133,11 @@ def test_bad_data_is_named(change, message):
 def test_titles_go_by_place_and_are_text():
     titles = pd.Series([f"Film {i}" for i in range(30)], index=range(1, 31))
     assert make_dataset(titles=titles).titles[5] == "Film 5"
-    for wrong in (None, float("nan"), 1984):
-        with pytest.raises(ValueError, match="item id 3 has no title"):
+    for wrong in (None, float("nan"), pd.NA, True):
+        with pytest.raises(ValueError, match="item 3 has no title but"):
             make_dataset(titles=[wrong if i == 3 else "A" for i in range(30)])
+    for number in (1984, 1984.0, np.int32(1984)):  # what a table reader makes of the film
+        assert make_dataset(titles=[number] + ["A"] * 29).titles[0] == "1984"
 
 
 @pytest.mark.parametrize("kind", ["int16", "int32", "uint16", "Int64", "int64[pyarrow]"])
@@ -138,3 +154,47 @@ def test_a_duplicate_row_is_named(toy):
     twice = pd.concat([toy.train, toy.train.iloc[[7]]], ignore_index=True)
     with pytest.raises(ValueError, match=rf"train, row {len(toy.train)}: user \d+ and item \d+ come twice"):
         make_dataset(train=twice)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["s", "ms", "us", "ns", "datetime64[s]", "datetime64[ns]", "UTC", "America/New_York", "timestamp[us][pyarrow]"],
+)
+def test_times_in_any_unit_give_the_same_histories(ml1m, kind):
+    def other(rows):
+        units = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+        if kind in units:
+            return rows.assign(timestamp=rows.timestamp * units[kind])
+        times = pd.to_datetime(rows.timestamp, unit="s")
+        if "/" in kind or kind == "UTC":
+            return rows.assign(timestamp=times.dt.tz_localize("UTC").dt.tz_convert(kind))
+        return rows.assign(timestamp=times.astype(kind))
+
+    changed = bu.Dataset(**{split: other(getattr(ml1m, split)) for split in bu.SPLITS}, titles=ml1m.titles)
+    for split in bu.SPLITS:
+        assert getattr(changed, split).timestamp.equals(getattr(ml1m, split).timestamp)
+    few = ml1m.test.sample(100, random_state=0)
+    for a, b in zip(bu.liked_before(ml1m, few), bu.liked_before(ml1m, other(few))):  # rows need not come from a Dataset
+        assert a.tolist() == b.tolist()
+    assert (bu.sittings(ml1m, few) == bu.sittings(ml1m, other(few))).all()
+
+
+def test_labels_may_be_true_and_false(toy):
+    flags = {split: getattr(toy, split).astype({"label": bool}) for split in bu.SPLITS}
+    assert make_dataset(**flags).train.equals(toy.train)
+
+
+def test_times_that_cannot_mean_what_they_should_are_told(toy):
+    with pytest.warns(UserWarning, match="all rows have the same time: no row has a history"):
+        make_dataset(**{split: getattr(toy, split).assign(timestamp=5) for split in bu.SPLITS[:1]},
+                     valid=make_rows(7, 40).assign(timestamp=5, user=lambda r: r.user + 20),
+                     test=make_rows(8, 40).assign(timestamp=5, user=lambda r: r.user + 40))  # fmt: skip
+    with pytest.warns(UserWarning, match=r"[\d,]+ rows of train are later than the first of test: .*split by time"):
+        make_dataset(test=make_rows(2, 100, start=500))
+
+
+def test_an_index_with_repeats_is_no_trouble(toy):
+    rows = toy.train.set_axis([0] * len(toy.train))
+    assert make_dataset(train=rows).train.user.tolist() == toy.train.user.tolist()
+    with pytest.raises(ValueError, match=r"train, row 0: user \d+ and item \d+ come twice"):
+        make_dataset(train=pd.concat([rows, rows.iloc[[7]]]))
