@@ -307,6 +307,19 @@ def load_ml1m(cache=None):
     return Dataset(**parts, titles=list(titles), name="ml-1m", tags=tags)
 
 
+def _ids(rows, column, count=None, what=""):
+    """That column as int64; raises ValueError for one that does not hold whole numbers, from 0 to `count` - 1."""
+    ids = rows[column]
+    if not pd.api.types.is_integer_dtype(ids) or ids.isna().any():
+        missing = ", some missing" if ids.isna().any() else ""
+        raise ValueError(f"column {column!r} holds {ids.dtype}{missing}; give whole numbers")
+    ids = ids.to_numpy(np.int64)
+    outside = ids[(ids < 0) | (ids >= count)] if count is not None else ()
+    if len(outside):
+        raise ValueError(f"{column} {outside[0]} has no {what}; there are {what}s for 0 to {count - 1}")
+    return ids
+
+
 def liked_before(dataset, rows, last=10):
     """For each row, the ids of the last items its user liked strictly before the row's timestamp, oldest first.
 
@@ -316,7 +329,7 @@ def liked_before(dataset, rows, last=10):
     likes = dataset.log[lambda log: log.label == 1].sort_values(["user", "timestamp"], kind="stable")
     times = np.unique(likes.timestamp)  # ranks in place of times: no product of an id and a time can overflow
     key = likes.user.to_numpy() * (len(times) + 1) + np.searchsorted(times, likes.timestamp)
-    users = rows.user.to_numpy(np.int64) * (len(times) + 1)
+    users = _ids(rows, "user") * (len(times) + 1)
     stop = np.searchsorted(key, users + np.searchsorted(times, _seconds(rows.timestamp)))
     first, items = np.searchsorted(key, users), likes.item.to_numpy()
     return [items[max(a, b - last) : b] for a, b in zip(first, stop)]
@@ -333,7 +346,8 @@ def sittings(dataset, rows, hours=6):
         if who != user or when - start > hours * 3600:
             user, start = who, when
         began[who, when] = start
-    return np.array([began.get(key, key[1]) for key in zip(rows.user, _seconds(rows.timestamp))], np.int64)
+    keys = zip(_ids(rows, "user").tolist(), _seconds(rows.timestamp).tolist())
+    return np.array([began.get(key, key[1]) for key in keys], np.int64)
 
 
 def sample_rows(rows, n, seed=0, per_user=10):

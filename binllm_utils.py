@@ -33,6 +33,7 @@ from binllm_data import (  # noqa: F401  what notebooks need of it as bu.…
     SPLITS,
     Dataset,
     Source,
+    _ids,
     digest,
     fetch,
     liked_before,
@@ -168,19 +169,6 @@ class Codes:
         """
         sides = (("user", self.users), ("item", self.items))
         return [table[_ids(rows, name, len(table), "code")] for name, table in sides]
-
-
-def _ids(rows, column, count, what):
-    """That column as int64; raises ValueError for one that does not hold whole numbers from 0 to `count` - 1."""
-    ids = rows[column]
-    if not pd.api.types.is_integer_dtype(ids) or ids.isna().any():
-        missing = ", some missing" if ids.isna().any() else ""
-        raise ValueError(f"column {column!r} holds {ids.dtype}{missing}; give whole numbers")
-    ids = ids.to_numpy(np.int64)
-    outside = ids[(ids < 0) | (ids >= count)]
-    if len(outside):
-        raise ValueError(f"{column} {outside[0]} has no {what}; there are {what}s for 0 to {count - 1}")
-    return ids
 
 
 def _check_bits(code, name="code"):
@@ -710,7 +698,7 @@ def diagram(boxes, arrows=(), size=(9, 2.4)):
             ends |= {"connectionstyle": f"arc3,rad={up}", "linestyle": "--", "color": COLORS[1]}
         (x1, y1, *_), (x2, y2, *_) = boxes[start], boxes[end]
         ax.annotate("", (x2, y2), (x1, y1), arrowprops={"arrowstyle": "-|>", **ends})
-        height = abs(x2 - x1) * bend[0] * size[0] / size[1] / 2 if bend else 0.08
+        height = abs(x2 - x1) * bend[0] * size[0] / size[1] / 2 + 0.06 if bend else 0.08
         ax.text((x1 + x2) / 2, (y1 + y2) / 2 + height, label, ha="center", va="bottom", fontsize=9, color=ends["color"])
     return fig
 
