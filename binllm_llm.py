@@ -467,7 +467,7 @@ class _Run:
             with torch.inference_mode():
                 answer_logits(self.model, self.ids, packs[0], self.answers)[0].item()  # waits for a GPU
             timed = time.perf_counter() - began
-        minutes = 3 * timed / max(1, *sizes[:1]) * sum(sizes) / 60
+        minutes = 3 * timed / max([1, *sizes[:1]]) * sum(sizes) / 60
         return f"tuning on {sum(map(len, batches)):,} rows, {sum(sizes):,} tokens: about {minutes:.1f} min"
 
     def write(self, folder):

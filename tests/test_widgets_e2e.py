@@ -36,8 +36,8 @@ def lab(tmp_path_factory):
     home, root = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("root")
     shutil.copytree(bu.ROOT / "notebooks", root / "notebooks")
     shutil.copytree(bu.ROOT / "data" / "codes", root / "data" / "codes")
-    for module in ("binllm_utils.py", "binllm_extras.py"):
-        shutil.copy(bu.ROOT / module, root)
+    for module in bu.ROOT.glob("binllm_*.py"):
+        shutil.copy(module, root)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
