@@ -228,28 +228,44 @@ def answer(name, seed, dataset, profile):
     if records.has_row(folder / "runs.csv", asked):
         return print(f"{title}: there already", flush=True)
     model, tokenizer, curve = tuned_llm(dataset, codes, profile, run, seed)
-    began, count = time.perf_counter(), 0
+    seconds, count = 0.0, 0
     for split, part in rows.items():
         prompts = bu.build_prompts(dataset, part, codes, variant.style, run.fmt, history=run.history)
-        p = bu.score(model, tokenizer, prompts)
+        p, part_seconds = score_in_parts(model, tokenizer, prompts, f"{asked['made_from']}-{split}")
         records.keep_answers(folder / f"answers-{profile.name}-{split}.parquet", title, part, p)
         what = {"variant": run.variant + ", float32" * (not run.nf4) + ", history by row" * (run.history == "row")}
         if variant.style != "text":
             what |= {"bits": codes.bits, "format": run.fmt}
         what |= {"dataset": dataset.name, "split": split, "seed": seed, "seconds": round(curve.seconds.iloc[-1], 1)}
         records.record(profile, part, p, model="llm", **what)
-        count += len(prompts)
-    seconds = (time.perf_counter() - began) / count
+        seconds, count = seconds + part_seconds, count + len(prompts)
     row = asked | {"variant": run.variant, "format": run.fmt, "seed": seed, "tuning_rows": int(curve.rows.sum())}
     row |= {
         "tuning_seconds": round(curve.seconds.iloc[-1], 1),
         "prompts": count,
-        "seconds_per_prompt": round(seconds, 4),
+        "seconds_per_prompt": round(seconds / count, 4),
     }
     row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
     keep_curve(folder / "curves.csv", title, profile, curve)
     records.put_row(folder / "runs.csv", row, ["run", "profile"])
-    print(f"{title}: {count:,} prompts in {seconds * count:.0f} s", flush=True)
+    for split in rows:
+        shutil.rmtree(bu.CACHE / "answers" / f"{asked['made_from']}-{split}", ignore_errors=True)
+    print(f"{title}: {count:,} prompts in {seconds:.0f} s", flush=True)
+
+
+def score_in_parts(model, tokenizer, prompts, key, size=1000):
+    """(`bu.score`, seconds), some prompts at a time; each is kept until the run is recorded, so it can be cut short."""
+    scores, seconds = [], 0.0
+    for start in range(0, len(prompts), size):
+        path, began = bu.CACHE / "answers" / key / f"{start}.npz", time.perf_counter()
+        if not path.exists():
+            p = bu.score(model, tokenizer, prompts[start : start + size])
+            with bu.replacing(path) as part, open(part, "wb") as file:
+                np.savez(file, p=p, seconds=time.perf_counter() - began)
+        with np.load(path, allow_pickle=False) as kept:
+            scores.append(kept["p"])
+            seconds += float(kept["seconds"])
+    return np.concatenate(scores), seconds
 
 
 def keep_curve(path, title, profile, curve):

@@ -122,3 +122,22 @@ def test_the_committed_answers_are_those_of_the_committed_metrics(ml1m):
         line = metrics[(metrics.model == "llm") & (metrics.split == "test") & (metrics.rows == len(p))]
         line = line[np.isclose(line.auc, bu.auc(rows.label, p), atol=2e-4)]
         assert (line.seed == run.seed).any(), run.run
+
+
+def test_scoring_that_was_cut_short_goes_on(small, monkeypatch, llm):
+    """The parts that are there are not asked again, and the answers are those of one go."""
+    prompts, asked = [f"{place}?\n#Answer:" for place in range(25)], []
+    wanted = bu.score(*llm, prompts, progress=False)
+    real = bu.score
+
+    def cut(model, tokenizer, some):
+        asked.append(len(some))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(model, tokenizer, some, progress=False)
+
+    monkeypatch.setattr(bu, "score", cut)
+    with pytest.raises(KeyboardInterrupt):
+        results.score_in_parts(*llm, prompts, "key", size=10)
+    p, seconds = results.score_in_parts(*llm, prompts, "key", size=10)
+    assert seconds > 0 and asked == [10, 10, 10, 5] and np.allclose(p, wanted, atol=1e-5)
