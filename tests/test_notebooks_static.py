@@ -3,6 +3,8 @@
 import ast
 import base64
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -79,6 +81,20 @@ def test_set_up_is_the_same_in_all(path):
     first, mine = (code_cells(nbformat.read(p, as_version=4))[0].source for p in (NOTEBOOKS[0], path))
     assert mine.splitlines()[:-1] == first.splitlines()[:-1]
     assert mine.splitlines()[-1] == f'profile = bu.start("{path.stem}")'
+
+
+def test_the_set_up_cell_says_in_one_line_what_is_wrong(tmp_path):
+    source = re.sub(r"(?m)^    !.*", "    pass", code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source)
+
+    def said():
+        done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr.strip()
+
+    assert said() == "binllm_utils.py was not found: the clone failed, or this notebook is not inside the repository"
+    (tmp_path / "binllm_utils.py").write_text("import no_such_package")
+    kernel = "choose the kernel of the repository's environment, as make lab starts it"
+    assert said() == f"No module named 'no_such_package': {kernel}"
 
 
 def test_lessons_show_short_cells_with_short_lines(notebook):
