@@ -156,7 +156,7 @@ class Dataset:
             user, item = log.user.to_numpy()[twice][0], log.item.to_numpy()[twice][0]
             raise ValueError(f"{split}, row {row}: user {user} and item {item} come twice at one time; drop one")
         _check_ids(log)
-        _warn_of_times(self)
+        _warn_of_times(log.timestamp, self.train.timestamp, self.test.timestamp)
 
     @property
     def log(self):
@@ -247,12 +247,11 @@ def _check_ids(log):
         )
 
 
-def _warn_of_times(dataset):
+def _warn_of_times(times, train, test):
     """Say where times cannot mean what they should."""
-    if dataset.log.timestamp.nunique() == 1:
+    if times.nunique() == 1:
         warnings.warn("all rows have the same time: no row has a history; give times, or an order", stacklevel=4)
-    elif dataset.train.timestamp.max() > dataset.test.timestamp.min():
-        late = int((dataset.train.timestamp > dataset.test.timestamp.min()).sum())
+    elif late := int((train > test.min()).sum()):
         warnings.warn(
             f"{late:,} rows of train are later than the first of test: a model learns from what comes after the rows "
             "that it is judged on; split by time",

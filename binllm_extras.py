@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import binllm_utils as bu
-from binllm_utils import Codes, _check_bits, _check_both_classes, train_cf, zero_unseen
+from binllm_utils import Codes, _check_bits, _check_both_classes, to_pairs, train_cf, zero_unseen
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines
@@ -344,14 +344,6 @@ def _newton(vectors, labels, start, penalty, steps=8):
 def to_hex(code):
     """0/1 array [bits] -> two hexadecimal digits for 8 bits: "65c9c811". Not in the paper; a control for dotted."""
     return np.packbits(_check_bits(code)).tobytes().hex()
-
-
-def to_pairs(a, b):
-    """Two 0/1 arrays [bits] -> each bit of the one beside the same bit of the other: "01 11 00"."""
-    a, b = _check_bits(a), _check_bits(b)
-    if a.shape != b.shape:
-        raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot stand bit by bit")
-    return " ".join(f"{x}{y}" for x, y in zip(a.tolist(), b.tolist()))
 
 
 # Two templates for `bu.build_prompts`. In the paper's a title between two codes shifts one against the other by a

@@ -13,6 +13,7 @@ import time
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -471,6 +472,14 @@ def from_dotted(text):
     return np.unpackbits(np.array(parts, int).astype(np.uint8))
 
 
+def to_pairs(a, b):
+    """Two 0/1 arrays [bits] -> each bit of the one beside the same bit of the other: "01 11 00"."""
+    a, b = _check_bits(a), _check_bits(b)
+    if a.shape != b.shape:
+        raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot stand bit by bit")
+    return " ".join(f"{x}{y}" for x, y in zip(a.tolist(), b.tolist()))
+
+
 # ------------------------------------------------------------------------------------------------------------ prompts
 # The paper's templates word for word (its Table 4, and TALLRec's for text only); "codes" leaves the titles out.
 TEMPLATES = {
@@ -490,6 +499,7 @@ TITLE_LENGTH = 200  # characters of a title that a prompt shows
 FIELDS = ("likes", "title", "user", "item", "pairs")
 
 
+@lru_cache(100_000)  # a film comes up in many prompts
 def shown_title(title):
     """`title` as a prompt shows it: one line of at most TITLE_LENGTH characters, without control characters.
 
@@ -533,20 +543,20 @@ def build_prompts(
     template, write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
     if write is None or history not in ("sitting", "row"):
         raise ValueError(f"format {fmt!r}, history {history!r}: choose from {', '.join(FORMATS)}; sitting, row")
-    shown = [title.strip() if faithful else shown_title(title) for title in dataset.titles]
-    fields = {"title": [f'"{shown[item]}"' for item in _ids(rows, "item", dataset.n_items, "title")]}
+    shown = str.strip if faithful else shown_title
+    fields = {"title": [f'"{shown(dataset.titles[i])}"' for i in _ids(rows, "item", dataset.n_items, "title")]}
     if "{likes}" in template:
         then = rows.assign(timestamp=sittings(dataset, rows)) if history == "sitting" and not faithful else rows
         nothing = "unkow" if faithful else "none so far"
-        shown = dataset.titles if faithful else shown
-        titles = [[f'"{shown[i]}"' for i in liked] for liked in liked_before(dataset, then, likes)]
+        shown = str if faithful else shown_title  # the reference code strips the film's title only
+        titles = [[f'"{shown(dataset.titles[i])}"' for i in liked] for liked in liked_before(dataset, then, likes)]
         fields["likes"] = [", ".join(liked) or nothing for liked in titles]
     if any(field in template for field in ("{user}", "{item}", "{pairs}")):
         if codes is None:
             raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
         users, items = codes.of(rows)
         fields |= {"user": map(write, users), "item": map(write, items)}
-        fields["pairs"] = [" ".join(f"{a}{b}" for a, b in zip(*both)) for both in zip(users, items)]
+        fields["pairs"] = map(to_pairs, users, items)
     template = template if faithful else template.replace(" \\n", "\n")
     return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values())]
 

@@ -119,12 +119,7 @@ def literacy(name="literacy"):
         curves.append(curve.assign(course=place))
         exam(dataset, model, tokenizer, name, place)
         card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
-        card |= {
-            "seconds": round(seconds),
-            "hardware": records.hardware(),
-            "versions": records.versions(),
-            "commit": records.commit(),
-        }
+        card |= {"seconds": round(seconds)} | records.stamps()
         bu.save_adapter(model, folder, card, pd.concat(curves))
 
 
@@ -235,7 +230,7 @@ def long():
         if best == len(chapters) - 1:
             card = {"what": "long: lessons, then the chapters before valid says stop", "llm": model.name_or_path}
             card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters}
-            card |= {"hardware": records.hardware(), "versions": records.versions(), "commit": records.commit()}
+            card |= records.stamps()
             bu.save_adapter(model, ADAPTERS / "long", card, pd.concat(curves))
         elif len(chapters) - 1 - best >= PATIENCE:
             print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")

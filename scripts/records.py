@@ -85,13 +85,17 @@ def results_folder(profile):
     return bu.OUTPUT / "results" if profile.name == "smoke" else ROOT / "data" / "results"
 
 
+def stamps():
+    """What a number was made on and with: a dict of hardware, versions and commit."""
+    return {"hardware": hardware(), "versions": versions(), "commit": commit()}
+
+
 def put_row(path, row, key):
     """Put `row` (a dict) into the CSV file `path` in place of the one with the same values in `key`; others stay.
 
     Hardware, versions and commit are added where `row` does not give them. Raises ValueError for other columns.
     """
-    stamps = {"hardware": hardware(), "versions": versions(), "commit": commit()}
-    row = row | {name: stamp for name, stamp in stamps.items() if row.get(name) is None}
+    row = row | {name: stamp for name, stamp in stamps().items() if row.get(name) is None}
     table = pd.DataFrame([{name: "" if value is None else str(value) for name, value in row.items()}])
     if Path(path).exists():
         old = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -179,8 +179,8 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     kept = bu.CACHE / "checkpoints" / folder.name
     options = {"lora": profile.lora, "lr": variant.lr, "seed": seed, "folder": kept}
     model, curve = bu.tune(model, tokenizer, prompts, rows.label, **options)
-    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1), "commit": records.commit()}
-    bu.save_adapter(model, folder, card | {"hardware": records.hardware(), "versions": records.versions()}, curve)
+    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1)} | records.stamps()
+    bu.save_adapter(model, folder, card, curve)
     shutil.rmtree(kept)
     return model, tokenizer, curve
 
