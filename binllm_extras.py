@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import binllm_utils as bu
-from binllm_utils import Codes, _check_bits, _check_both_classes, to_pairs, train_cf, zero_unseen
+from binllm_data import _ids, _seconds
+from binllm_utils import Codes, _check_bits, _check_both_classes, _one_code, as_array, to_pairs, train_cf, zero_unseen
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines
@@ -102,9 +103,11 @@ def nearest_codes(codes, query, k=10):
     codes, query = _check_bits(codes, "codes"), _check_bits(np.atleast_2d(query), "query")
     if codes.shape[1] != query.shape[1]:
         raise ValueError(f"query has {query.shape[1]} bits and codes have {codes.shape[1]}; they must agree")
+    if not (isinstance(k, (int, np.integer)) and k > 0):
+        raise ValueError(f"k is {k!r}; ask for one neighbour or more")
     index = faiss.IndexBinaryFlat(codes.shape[1])
     index.add(np.packbits(codes, axis=1))
-    distance, ids = index.search(np.packbits(query, axis=1), min(k, len(codes)))
+    distance, ids = index.search(np.packbits(query, axis=1), int(min(k, len(codes))))
     return ids, 1 - distance / codes.shape[1]
 
 
@@ -157,6 +160,11 @@ def binarise(users, items, bits=32, user_weights=None, item_weights=None, seed=0
         np.ones(len(side)) if weight is None else np.asarray(weight, np.float64)
         for side, weight in zip(sides, (user_weights, item_weights))
     ]
+    for side, weight in zip(sides, weights):
+        if len(weight) != len(side) or not (weight >= 0).all() or not weight.any():
+            raise ValueError(f"{weight.shape} weights for {len(side)} rows; give one a row, from 0, not all of them 0")
+    if not 0 <= minority < 0.5:
+        raise ValueError(f"minority is {minority}; it is a share below one half")
     weights = [weight / weight[weight > 0].mean() for weight in weights]
     codes = _rotated_signs(sides, weights, bits, seed)
     before = np.inf
@@ -183,6 +191,8 @@ def _rotated_signs(sides, weights, bits, seed):
     x, y = np.c_[x, np.full(len(x), -mean)], np.c_[y, np.ones(len(y))]  # now x . y has mean 0
     rx, ry = (np.linalg.qr(side * np.sqrt(w)[:, None], mode="r") for side, w in ((x, wx), (y, wy)))
     left, value, right = np.linalg.svd(rx @ ry.T)  # the products' own singular values, from two small triangles
+    if value[0] < 1e-12 * np.sqrt((x**2).sum() * (y**2).sum()):
+        raise ValueError("all products of a user and an item are equal, so no code can tell pairs apart")
     kept = min(bits, int((value > 1e-6 * value[0]).sum()))
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(bits, bits)))
     turn = np.sqrt(value[:kept, None]) * rotation[:kept]
@@ -205,7 +215,7 @@ def _scale_and_offset(sides, codes, weights):
 
 
 def _check_vectors(vectors, name):
-    vectors = np.asarray(vectors, np.float64)
+    vectors = as_array(vectors, name).astype(np.float64)
     if vectors.ndim != 2 or not vectors.size:
         raise ValueError(f"{name}: vectors of shape {vectors.shape}; give a table with one row an id")
     broken = ~np.isfinite(vectors).all(axis=1)
@@ -271,15 +281,13 @@ def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, see
     bits that are no multiple of 8.
     """
     bu._check_length(bits)
+    _check_both_classes(interactions=interactions)
     sides = []
     for name, vectors in (("user", user_vectors), ("item", item_vectors)):
         vectors = _check_vectors(vectors, f"{name} vectors")
-        low, high = interactions[name].min(), interactions[name].max()
-        if low < 0 or high >= len(vectors):
-            raise ValueError(f"{name} {low if low < 0 else high} has no vector; there are {len(vectors)}, from id 0")
+        interactions = interactions.assign(**{name: _ids(interactions, name, len(vectors), "vector")})
         vectors = vectors - vectors.mean(0)  # else all begin on one side of zero, and codes hardly differ
         sides.append((vectors / np.sqrt((vectors**2).mean())).astype(np.float32))
-    _check_both_classes(interactions=interactions)
     held_out = np.random.default_rng(seed).permutation(len(interactions)) < max(1, len(interactions) // 10)
     parts = SimpleNamespace(train=interactions[~held_out], valid=interactions[held_out])
     if min(part.label.nunique() for part in (parts.train, parts.valid)) < 2:
@@ -321,7 +329,7 @@ def fold_in(model, dataset, rows):
         user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
     }
     out = np.tile(average, (len(rows), 1))
-    for place, (user, when) in enumerate(zip(rows.user, rows.timestamp)):
+    for place, (user, when) in enumerate(zip(_ids(rows, "user"), _seconds(rows.timestamp))):
         times, seen, labels = past.get(user, (np.empty(0), [], []))
         before = np.searchsorted(times, when)
         if before:
@@ -343,7 +351,7 @@ def _newton(vectors, labels, start, penalty, steps=8):
 # --------------------------------------------------------------------------------------------------------- bit literacy
 def to_hex(code):
     """0/1 array [bits] -> two hexadecimal digits for 8 bits: "65c9c811". Not in the paper; a control for dotted."""
-    return np.packbits(_check_bits(code)).tobytes().hex()
+    return np.packbits(_one_code(code)).tobytes().hex()
 
 
 # Two templates for `bu.build_prompts`. In the paper's a title between two codes shifts one against the other by a
@@ -392,6 +400,7 @@ def code_questions(codes, template=ALIKE):
 
 def load_shipped(model, name):
     """`model` with the adapter data/adapters/`name`; as it is, and a line says so, if that is for another LLM."""
+    bu.binllm_llm._check_bare(model)
     try:
         return bu.load_adapter(model, bu.ROOT / "data" / "adapters" / name)
     except ValueError as error:

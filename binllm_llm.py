@@ -11,12 +11,14 @@ import os
 import tempfile
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -56,6 +58,8 @@ def load_llm(name=None, *, nf4=True, layers=None):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     name = source = name or os.environ.get("BINLLM_LLM") or None
+    if name and Path(name).resolve() == (CACHE / SMOLLM2.split("/")[1]).resolve():
+        name = SMOLLM2  # so that adapters for it are known to fit
     if name is None:
         name = SMOLLM2
         try:
@@ -69,17 +73,15 @@ def load_llm(name=None, *, nf4=True, layers=None):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    try:
-        options["config"] = AutoConfig.from_pretrained(source)
-        if layers:
-            if layers > options["config"].num_hidden_layers:
-                raise ValueError(f"layers is {layers}; {name} has {options['config'].num_hidden_layers}")
-            options["config"].num_hidden_layers = layers
+    with _one_sentence(source):
+        config = options["config"] = AutoConfig.from_pretrained(source)
+    text = config.get_text_config()
+    if layers and layers > text.num_hidden_layers:
+        raise ValueError(f"layers is {layers}; {name} has {text.num_hidden_layers}")
+    text.num_hidden_layers = layers or text.num_hidden_layers
+    with _one_sentence(source):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ImportError) as error:  # ImportError: its tokenizer needs a package, such as sentencepiece
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-        raise OSError(f"no LLM {str(source)!r}: {reason} Give a folder, or a hub name and a connection") from None
     for module in model.modules():
         # bitsandbytes 0.50 would repack 4-bit weights at the first scoring on a CPU with AVX512-BF16, and from then on
         # no gradient passes through them (torch only warns): tuning after scoring would be silently wrong.
@@ -87,6 +89,18 @@ def load_llm(name=None, *, nf4=True, layers=None):
             module.support_avx512bf16_for_cpu = False
     model.name_or_path = str(name)  # what the adapter's card will say
     return model.requires_grad_(False).eval(), tokenizer
+
+
+@contextmanager
+def _one_sentence(source):
+    """Say in one OSError why the LLM `source` cannot be loaded, whatever a library raises."""
+    try:
+        yield
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        if any(word in str(error) for word in ("sentencepiece", "tiktoken", "protobuf")):
+            reason = "its tokenizer must be converted first: pip install sentencepiece protobuf."
+        raise OSError(f"no LLM {str(source)!r}: {reason} Give a folder, or a hub name and a connection") from None
 
 
 def compute_dtype():
@@ -109,16 +123,30 @@ def answer_tokens(tokenizer):
 
 
 def encode_prompts(model, tokenizer, prompts):
-    """Token ids of each prompt: a list of lists. Raises ValueError for no prompts, one string, or one too long."""
-    if isinstance(prompts, str) or not len(prompts):
+    """Token ids of each prompt: a list of lists. Control tokens written in a prompt's text are read as that text.
+
+    Raises ValueError for no prompts, one string, or a prompt that is no text, too long, or ends in white space: the
+    answer's token brings its own blank.
+    """
+    if isinstance(prompts, (str, dict, pd.DataFrame)) or not len(prompts):
         raise ValueError("give a list of prompts, at least one")
-    ids = tokenizer(list(prompts)).input_ids
+    prompts = list(prompts)
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {place} is {prompt!r:.60}; give texts")
+        if prompt != prompt.rstrip():
+            raise ValueError(f"prompt {place} ends in white space; end it where ' Yes' would follow, as in '#Answer:'")
+    ids = tokenizer(prompts, split_special_tokens=True).input_ids
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}  # some tokenizers close a text: no answer could follow
+    ids = [tokens[:-1] if tokens and tokens[-1] in ends else tokens for tokens in ids]
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for place, tokens in enumerate(ids):
         if not tokens:
             raise ValueError(f"prompt {place} is empty")
         if window and len(tokens) > window:
-            raise ValueError(f"prompt {place} has {len(tokens)} tokens, the model reads {window}; show fewer titles")
+            raise ValueError(
+                f"prompt {place} has {len(tokens)} tokens, the model reads {window}; show fewer titles (likes=)"
+            )
     return ids
 
 
@@ -231,7 +259,8 @@ def answer_logits(model, ids, pack, answers):
     They are the model's own logits, whatever its head is made of, at the last token of each prompt.
     """
     device, packed = model.device, can_pack(model)
-    inputs = pack_inputs(ids, pack, compute_dtype()) if packed else padded_inputs(ids, pack)
+    dtype = _base(model).get_input_embeddings().weight.dtype
+    inputs = pack_inputs(ids, pack, dtype) if packed else padded_inputs(ids, pack)
     if not packed:  # the model keeps the same places of all rows: all that are last in any
         last = inputs.pop("logits_to_keep")
         keep, place = last.unique(return_inverse=True)
@@ -287,7 +316,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     """(model, learning curve): tune LoRA weights so that P(Yes) fits `labels` by binary cross-entropy.
 
     A plain `model` gets new matrices on the layers that LORA[lora] names; one from `tune` or `load_adapter` goes on
-    with its own, which is the second step of two-step tuning. A step takes at least `batch_size` prompts: those that
+    with its own, in place: the second step of two-step tuning. A step takes at least `batch_size` prompts: those that
     begin alike, such as the rows of one sitting, stay together and are read in one pass. AdamW, gradients clipped at
     norm 1, linear warm-up over a tenth of the steps, then cosine.
     labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
@@ -300,14 +329,16 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     OSError when no checkpoint can be written.
     """
     labels = _check_targets(prompts, labels)
-    if valid and set(valid[1]) != {0, 1}:
-        raise ValueError("valid: AUC needs liked and disliked rows, labels 1 and 0")
+    if valid:
+        if set(_check_targets(*valid, "valid: ").tolist()) != {0, 1}:
+            raise ValueError("valid: AUC needs liked and disliked rows, labels 1 and 0")
+        encode_prompts(model, tokenizer, valid[0])
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
+    batches, seed = make_batches(ids, batch_size, epochs, seed, shuffle), int(seed)
     torch.manual_seed(seed)
     model = _with_lora(model, lora)
     how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora))]
     how += [getattr(_base(model), "is_quantized", False), valid and [list(valid[0]), list(map(float, valid[1]))]]
-    batches = make_batches(ids, batch_size, epochs, seed, shuffle)
     run = _Run(how, model, ids, answers, labels, batches, lr, seed)
     if folder:
         run.read(folder)
@@ -329,14 +360,14 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     return model.eval(), pd.DataFrame(run.curve, columns=["step", "rows", "loss", "lr", "seconds", "valid_auc"])
 
 
-def _check_targets(prompts, labels):
+def _check_targets(prompts, labels, what=""):
     labels = np.asarray(labels, dtype=np.float32)
     if labels.shape != (len(prompts),):
-        raise ValueError(f"{len(prompts)} prompts and labels of shape {labels.shape}; give one label a prompt")
+        raise ValueError(f"{what}{len(prompts)} prompts and labels of shape {labels.shape}; give one label a prompt")
     if not ((labels >= 0) & (labels <= 1)).all():
-        raise ValueError(f"labels go from {labels.min()} to {labels.max()}; give 0 and 1, or shares between them")
+        raise ValueError(f"{what}labels go from {labels.min()} to {labels.max()}; give 0 and 1, or shares between them")
     if np.ptp(labels) == 0:
-        raise ValueError(f"all {len(labels)} labels are {labels[0]}; take rows with likes and dislikes")
+        raise ValueError(f"{what}all {len(labels)} labels are {labels[0]}; take rows with likes and dislikes")
     return labels
 
 
@@ -428,11 +459,12 @@ class _Run:
             part = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
             self.accelerator.backward(part)
             loss += part.item()
-        if not math.isfinite(loss):
+        norm = float(self.accelerator.clip_grad_norm_(self.weights.values(), 1.0))
+        if not math.isfinite(loss) or not (self.accelerator.scaler or math.isfinite(norm)):  # a scaler skips such steps
             raise FloatingPointError(
-                f"step {done}: the loss is {loss}; lower lr and run again (the last checkpoint is kept)"
+                f"step {done}: the loss is {loss}, the norm of its gradient {norm}; load a fresh model and tune it "
+                "with a lower lr in another folder (the checkpoint in this one is that of the step before)"
             )
-        self.accelerator.clip_grad_norm_(self.weights.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.curve.append([done, len(batch), loss, rate, time.perf_counter() - self.began, math.nan])
@@ -471,7 +503,6 @@ class _Run:
         return f"tuning on {sum(map(len, batches)):,} rows, {sum(sizes):,} tokens: about {minutes:.1f} min"
 
     def write(self, folder):
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"weight {name}": p.detach() for name, p in self.weights.items()}
@@ -481,16 +512,11 @@ class _Run:
         tensors["curve"] = torch.tensor(self.curve, dtype=torch.float64)
         scaler = self.accelerator.scaler
         notes = {"run": self.name, "scaler": json.dumps(scaler.state_dict() if scaler else {})}
-        path = Path(folder, "checkpoint.safetensors")
-        try:
-            with replacing(path) as part:
-                save_file(tensors, part, metadata=notes)
-        except (OSError, SafetensorError) as error:
-            kept = "the one before is kept" if path.exists() else "there is none before it"
-            raise OSError(f"{path}: cannot write the checkpoint ({error}); {kept}; make room and run again") from None
+        with replacing(Path(folder, "checkpoint.safetensors")) as part:
+            save_file(tensors, part, metadata=notes)
 
     def read(self, folder):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         path = Path(folder, "checkpoint.safetensors")
         if not path.exists():
@@ -502,6 +528,9 @@ class _Run:
             raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
         if notes.get("run") != self.name:
             raise ValueError(f"{path} is of another run (model, prompts, labels or settings); give another folder")
+        wanted = {"curve", *(f"{key} {name}" for name in self.weights for key in ("weight", "step", "exp_avg"))}
+        if wanted - set(tensors):
+            raise ValueError(f"{path} is damaged (no {(wanted - set(tensors)).pop()}); delete it to begin anew")
         for name, p in self.weights.items():
             p.data.copy_(tensors[f"weight {name}"])
             if f"best {name}" in tensors:
@@ -522,11 +551,15 @@ def save_adapter(model, folder, card, curve):
     others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     if others:
         raise ValueError(f"{others[0]} learns too and is no LoRA weight; an adapter file would leave it out")
+    if Path(folder).exists() and any(Path(folder).iterdir()) and not Path(folder, "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds other files; give a new folder, or that of an adapter to replace")
     with replacing(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
         (part / "README.md").unlink()  # peft's empty form; the card says what there is to say
         curve.to_csv(part / "curve.csv", index=False)
-        Path(part, "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        Path(part, "card.json").write_text(
+            json.dumps(card, indent=2, default=lambda value: getattr(value, "tolist", lambda: str(value))()) + "\n"
+        )
 
 
 def load_adapter(model, folder):
@@ -535,20 +568,32 @@ def load_adapter(model, folder):
     Raises OSError when there is none, ValueError when it was tuned on another LLM or other layers, or when `model`
     carries an adapter already.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     file = Path(folder, "adapter_model.safetensors")
     if not file.exists():
         raise OSError(f"{folder} holds no adapter_model.safetensors; tune one first (notebook 04)")
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if base != model.name_or_path:
-        raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
     _check_bare(model)
-    with safe_open(file, "pt") as tensors:
-        names = [name for name in tensors.keys() if ".layers." in name]  # noqa: SIM118
-    saved = {name.split(".layers.")[1].split(".")[0] for name in names}
-    layers = _base(model).config.get_text_config().num_hidden_layers
-    if saved and len(saved) != layers:
-        raise ValueError(f"{folder} was tuned on {len(saved)} layers, the model given has {layers}; load the whole LLM")
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        with safe_open(file, "pt") as tensors:
+            names = dict.fromkeys(tensors.keys())
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} holds no adapter that can be read ({error}); tune it again") from None
+    base = config.base_model_name_or_path
+    if (base or "") != (model.name_or_path or ""):
+        raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
+    if not isinstance(config, LoraConfig) or config.megatron_config:  # that one would import what the file names
+        raise ValueError(f"{folder} is no LoRA adapter but {config.peft_type}; only those of `save_adapter` are read")
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    except RuntimeError as error:  # weights of other sizes
+        raise ValueError(f"{folder} does not fit the model given ({str(error)[:200]}); load a fresh one") from None
+    own = get_peft_model_state_dict(loaded)
+    odd = own.keys() ^ names.keys()
+    if odd or not all(weight.isfinite().all() for weight in own.values()):
+        loaded.unload()
+        what = f"{len(odd)} weights are only in one of them, such as {min(odd)}" if odd else "a weight is no number"
+        raise ValueError(f"{folder} does not fit the model given: {what}; load the whole LLM it was tuned on")
+    return loaded

@@ -7,13 +7,13 @@ is `bu.…` to a notebook. What goes beyond the paper is in binllm_extras.py.
 """
 
 import os
-import re
 import string
 import time
-import unicodedata
+import warnings
+import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,12 @@ from binllm_data import (  # noqa: F401  what notebooks need of it as bu.…
     SMOLLM2,
     SMOLLM2_REGISTRY,
     SPLITS,
+    TITLE_LENGTH,
     Dataset,
     Source,
     _ids,
+    alone,
+    by_place,
     digest,
     fetch,
     liked_before,
@@ -42,6 +45,7 @@ from binllm_data import (  # noqa: F401  what notebooks need of it as bu.…
     replacing,
     sample_rows,
     sample_sittings,
+    shown_title,
     sittings,
 )
 from binllm_llm import (  # noqa: F401  and of this
@@ -172,16 +176,34 @@ class Codes:
         return [table[_ids(rows, name, len(table), "code")] for name, table in sides]
 
 
+def as_array(values, name):
+    """A NumPy array of a list, array, DataFrame by id, or tensor on any device, in any precision."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    try:
+        return np.asarray(by_place(values, name))
+    except ValueError:
+        raise ValueError(f"{name}: the rows differ in length; give a table") from None
+
+
 def _check_bits(code, name="code"):
-    code = np.asarray(code)
+    code = as_array(code, name)
     if code.ndim == 0 or code.shape[-1] == 0 or code.shape[-1] % 8:
         raise ValueError(
             f"{name}: a code of {code.shape[-1] if code.ndim else 1} bits; the length must be a multiple of 8"
         )
-    low, high = code.min(initial=0), code.max(initial=0)
-    if low < 0 or high > 1 or (code.dtype.kind == "f" and not np.isin(code, (0, 1)).all()):
-        raise ValueError(f"{name}: a code may hold only 0 and 1, here {low} to {high}")
+    other = code[~np.isin(code, (0, 1))] if code.dtype.kind != "b" else code[:0]
+    if other.size:
+        raise ValueError(f"{name}: a code may hold only 0 and 1, here {other.flat[0]!r}")
     return code.astype(np.uint8, copy=False)
+
+
+def _one_code(code):
+    code = _check_bits(code)
+    if code.ndim != 1:
+        raise ValueError(f"{len(code)} codes in a table of shape {code.shape}; give one code")
+    return code
 
 
 def straight_through(z):
@@ -312,11 +334,13 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
     Raises ValueError when the training or valid labels are of one class only.
     """
     _check_both_classes(train=dataset.train, valid=dataset.valid)
+    if max_epochs < 1:
+        raise ValueError(f"max_epochs is {max_epochs}; train for one or more")
     users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     judged = averaged.module if average else model
-    shuffle, batch_size = torch.Generator().manual_seed(seed), max(2048, len(labels) // 100)
+    shuffle, batch_size = torch.Generator().manual_seed(int(seed)), max(2048, len(labels) // 100)
     curve, best, began = [], None, time.perf_counter()
     with tqdm(total=max_epochs, desc=f"{type(model).__name__} epochs", disable=not progress, leave=False) as bar:
         for epoch in range(max_epochs):
@@ -349,16 +373,22 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
 
 def _check_both_classes(**parts):
     for name, rows in parts.items():
+        if not len(rows):
+            raise ValueError(f"{name}: no rows; likes and dislikes needed")
         if rows.label.nunique() < 2:
             raise ValueError(f"{name}: all labels are {rows.label.iloc[0]}; likes and dislikes needed")
 
 
 @torch.no_grad()
 def cf_scores(model, rows):
-    """Logits of a collaborative model for `rows` (columns `user`, `item`): float32 array [len(rows)]."""
+    """Logits of a collaborative model for `rows` (columns `user`, `item`): float32 array [len(rows)].
+
+    model.user and model.item are its tables, a line an id. Raises ValueError for ids that have none.
+    """
     model.eval()
-    users, items = (torch.from_numpy(rows[column].to_numpy(copy=True)) for column in ("user", "item"))
-    return model(users, items).numpy()
+    tables = (getattr(getattr(model, side), "weight", getattr(model, side)) for side in ("user", "item"))
+    ids = (_ids(rows, side, len(table), "vector") for side, table in zip(("user", "item"), tables))
+    return model(*map(torch.tensor, ids)).numpy()
 
 
 def item_features(dataset):
@@ -396,8 +426,8 @@ def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=T
 
 
 def _check_length(bits):
-    if bits <= 0 or bits % 8:
-        raise ValueError(f"bits is {bits}; a code must have a positive multiple of 8 bits")
+    if not isinstance(bits, (int, np.integer)) or bits <= 0 or bits % 8:
+        raise ValueError(f"bits is {bits!r}; a code must have a positive multiple of 8 bits")
 
 
 CODES_VERSION = 1  # raise it when a change of `fit_codes` changes codes: cached ones are then made anew
@@ -409,16 +439,40 @@ def cached_codes(dataset, bits=32, seed=0, recipe="ste", fit=fit_codes):
     Those of ML-1M ship in data/codes, for the last digits of a fit, and so single bits, differ between machines.
     fit: another function of (dataset, bits, seed, recipe), whose codes are kept under the name `recipe`.
     """
-    data = digest(dataset.train, dataset.valid, dataset.tags, len(dataset.titles))
+    if fit is not fit_codes and recipe in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is of `fit_codes`; give codes of another fit a recipe name of their own")
+    data = [dataset.train, dataset.valid, dataset.tags, len(dataset.titles)]
+    if dataset.n_users > max(dataset.train.user.max(), dataset.valid.user.max()) + 1:
+        data.append(dataset.n_users)
+    data = digest(*data)
     file = f"{dataset.name}-{recipe}-{bits}bits-seed{seed}-v{CODES_VERSION}-{data}.npz"
     path = next((f / file for f in (ROOT / "data" / "codes", CACHE / "codes") if (f / file).exists()), None)
     if path is None:
         path = CACHE / "codes" / file
         codes, _ = fit(dataset, bits, seed, recipe)
-        with replacing(path) as part, open(part, "wb") as out:
-            np.savez_compressed(out, users=codes.users, items=codes.items)
-    with np.load(path, allow_pickle=False) as arrays:
-        return Codes(arrays["users"], arrays["items"])
+        try:
+            with replacing(path) as part, open(part, "wb") as out:
+                np.savez_compressed(out, users=codes.users, items=codes.items)
+        except OSError as error:
+            print(f"the codes are here but not kept: {error}")
+            return codes
+    return _read_codes(path, dataset, bits)
+
+
+def _read_codes(path, dataset, bits):
+    """The `Codes` kept in a file; raises ValueError when it is not what `cached_codes` writes, or of another size."""
+    shapes = {"users": (dataset.n_users, bits), "items": (dataset.n_items, bits)}
+    try:
+        with np.load(path, allow_pickle=False) as arrays, zipfile.ZipFile(path) as archive:
+            for name, shape in shapes.items():  # before anything of a size that a stranger chose is unpacked
+                if archive.getinfo(f"{name}.npy").file_size > 1000 + np.prod(shape):
+                    raise ValueError(f"{name} are larger than {shape[0]} x {shape[1]}")
+            codes = Codes(arrays["users"], arrays["items"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} holds no codes that fit ({error}); delete it, and they are made again") from None
+    if (codes.users.shape, codes.items.shape) != tuple(shapes.values()):
+        raise ValueError(f"{path} holds codes of {codes.users.shape} and {codes.items.shape}; delete it")
+    return codes
 
 
 def hamming_similarity(a, b):
@@ -440,15 +494,14 @@ def popularity_baseline(dataset, rows):
 
     An id that training never saw counts as average.
     """
-    mean = dataset.train.label.mean()
-    rates = (rows[c].map(smoothed_rates(dataset.train, c)).fillna(mean) for c in ("item", "user"))
-    return sum(rates).to_numpy()
+    mean, sides = dataset.train.label.mean(), ("item", "user")
+    return sum(smoothed_rates(dataset.train, c).reindex(_ids(rows, c)).fillna(mean).to_numpy() for c in sides)
 
 
 # ------------------------------------------------------------------------------------------------------ codes as text
 def to_bits(code):
     """0/1 array [bits] -> its digits without spaces, as in the paper's prompts: "01101001"."""
-    return "".join(map(str, _check_bits(code).tolist()))
+    return "".join(map(str, _one_code(code).tolist()))
 
 
 def from_bits(text):
@@ -460,7 +513,7 @@ def from_bits(text):
 
 def to_dotted(code):
     """0/1 array [bits] -> dotted decimal, one number of 0 to 255 for 8 bits, first bit highest: "101.9.200.17"."""
-    return ".".join(map(str, np.packbits(_check_bits(code)).tolist()))
+    return ".".join(map(str, np.packbits(_one_code(code)).tolist()))
 
 
 def from_dotted(text):
@@ -474,7 +527,7 @@ def from_dotted(text):
 
 def to_pairs(a, b):
     """Two 0/1 arrays [bits] -> each bit of the one beside the same bit of the other: "01 11 00"."""
-    a, b = _check_bits(a), _check_bits(b)
+    a, b = _one_code(a), _one_code(b)
     if a.shape != b.shape:
         raise ValueError(f"codes of {a.shape[-1]} and {b.shape[-1]} bits cannot stand bit by bit")
     return " ".join(f"{x}{y}" for x, y in zip(a.tolist(), b.tolist()))
@@ -495,34 +548,29 @@ TEMPLATES = {
     'Answer with "Yes" or "No". \\n#Answer:',
 }
 FORMATS = {"bits": to_bits, "dotted": to_dotted}
-TITLE_LENGTH = 200  # characters of a title that a prompt shows
 FIELDS = ("likes", "title", "user", "item", "pairs")
 
 
-@lru_cache(100_000)  # a film comes up in many prompts
-def shown_title(title):
-    """`title` as a prompt shows it: one line of at most TITLE_LENGTH characters, without control characters.
-
-    It can neither end the quotes around it (" becomes ') nor look like the line that asks for the answer.
-    """
-    kept = (" " if c.isspace() else c for c in title if c.isspace() or unicodedata.category(c)[0] != "C")
-    text = " ".join("".join(kept).split()).replace('"', "'")
-    text = re.sub(r"#(?=\s*(question|answer)\s*:)", "", text, flags=re.IGNORECASE)
-    return text if len(text) <= TITLE_LENGTH else text[: TITLE_LENGTH - 1] + "…"
+NO_HISTORY = (
+    "no row has a history: all earlier likes lie within the rows' own sittings of six hours. Are times an order, not "
+    "seconds? history='row' shows what was liked before the row itself"
+)
 
 
 def _template(style):
-    """The template named or given; raises ValueError for one with fields that no prompt has."""
+    """(template named or given, its fields); raises ValueError for fields that no prompt has."""
     template = TEMPLATES.get(style, style if "{" in style else None)
     if template is None:
         raise ValueError(f"style is {style!r}; choose from {', '.join(TEMPLATES)}, or give a template with fields")
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"style {style!r} is no template: {error}; write {{{{ for a brace") from None
-    if fields - set(FIELDS):
-        raise ValueError(f"style has the field {{{(fields - set(FIELDS)).pop()}}}; there are {', '.join(FIELDS)}")
-    return template
+    for field, how, change in parts:
+        if field not in FIELDS or how or change:
+            whole = field + (f"!{change}" if change else "") + (f":{how}" if how else "")
+            raise ValueError(f"style has the field {{{whole}}}; there are {', '.join(FIELDS)}, as they are")
+    return template, {field for field, _, _ in parts}
 
 
 def build_prompts(
@@ -536,27 +584,33 @@ def build_prompts(
     `rows` needs columns `user, item, timestamp`. The titles shown are the user's last `likes` likes before the row's
     sitting began (history="sitting": rows of one sitting then begin alike, and are read together), or before the row
     itself ("row", as in the paper).
-    faithful=True gives the reference code's bytes: a backslash and an n where a line break was meant, "unkow" for
-    an empty history, and history by row. (Its literal "<s>" in front is LLaMA's start token; that tokenizer adds it.)
+    faithful=True gives what the reference code gives: a backslash and an n where a line break was meant, "unkow" for an
+    empty history, and history by row, likes of the same second that stand before the row included; only likes within
+    one second may come in another order. (Its literal "<s>" in front is LLaMA's start token; that tokenizer adds it.)
     Raises ValueError for an unknown style, format or history, or ids that have no code.
     """
-    template, write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
+    (template, wanted), write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
     if write is None or history not in ("sitting", "row"):
         raise ValueError(f"format {fmt!r}, history {history!r}: choose from {', '.join(FORMATS)}; sitting, row")
     shown = str.strip if faithful else shown_title
     fields = {"title": [f'"{shown(dataset.titles[i])}"' for i in _ids(rows, "item", dataset.n_items, "title")]}
-    if "{likes}" in template:
+    if "likes" in wanted:
         then = rows.assign(timestamp=sittings(dataset, rows)) if history == "sitting" and not faithful else rows
         nothing = "unkow" if faithful else "none so far"
         shown = str if faithful else shown_title  # the reference code strips the film's title only
-        titles = [[f'"{shown(dataset.titles[i])}"' for i in liked] for liked in liked_before(dataset, then, likes)]
-        fields["likes"] = [", ".join(liked) or nothing for liked in titles]
-    if any(field in template for field in ("{user}", "{item}", "{pairs}")):
+        liked = liked_before(dataset, then, likes, same_second=faithful)
+        titles = [[f'"{shown(dataset.titles[i])}"' for i in mine] for mine in liked]
+        fields["likes"] = [", ".join(mine) or nothing for mine in titles]
+        if not any(titles) and then is not rows and any(map(len, liked_before(dataset, rows, likes))):
+            warnings.warn(NO_HISTORY, stacklevel=2)
+    if wanted & {"user", "item", "pairs"}:
         if codes is None:
             raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
         users, items = codes.of(rows)
-        fields |= {"user": map(write, users), "item": map(write, items)}
+        fields |= {"user": list(map(write, users)), "item": list(map(write, items))}
         fields["pairs"] = map(to_pairs, users, items)
+        if not all(isinstance(text, str) for text in fields["user"]):
+            raise ValueError(f"the format gives {fields['user'][0]!r}; it must turn a code into text")
     template = template if faithful else template.replace(" \\n", "\n")
     return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values())]
 
@@ -568,13 +622,20 @@ def _one_a_row(values, name):
         values = values.detach().cpu().double().numpy()
     if np.ndim(values) != 1:
         raise ValueError(f"{name} have shape {np.shape(values)}; give one a row")
+    values = pd.Series(values)
     try:
-        return pd.Series(values).to_numpy(np.float64, na_value=np.nan)
+        if values.dtype.kind in "cmM":  # complex numbers and times would become numbers without a word
+            raise TypeError
+        return values.to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} hold {pd.Series(values).dtype}; give numbers") from None
+        raise ValueError(f"{name} hold {values.dtype}; give numbers") from None
 
 
 def _check_scores(labels, scores, users=None):
+    if isinstance(labels, pd.Series) and isinstance(scores, pd.Series):
+        one, other = labels.index, scores.index
+        if not one.equals(other) and one.sort_values().equals(other.sort_values()):
+            raise ValueError("scores have the rows of labels in another order; give scores.loc[labels.index]")
     labels, scores = _one_a_row(labels, "labels"), _one_a_row(scores, "scores")
     if not len(labels) or len(labels) != len(scores):
         raise ValueError(f"{len(labels)} labels and {len(scores)} scores; give one score a label, at least one")
@@ -582,10 +643,17 @@ def _check_scores(labels, scores, users=None):
         raise ValueError(f"score {np.flatnonzero(~np.isfinite(scores))[0]} is {scores[~np.isfinite(scores)][0]}")
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"label {labels[~np.isin(labels, (0, 1))][0]:g}; labels must be 0 or 1")
-    if users is not None and (len(users) != len(labels) or pd.isna(np.asarray(users)).any()):
-        missing = ", some of them missing" * bool(pd.isna(np.asarray(users)).any())
-        raise ValueError(f"{len(users)} users{missing} for {len(labels)} labels; name the user of each row")
+    if users is not None and (np.shape(users) != labels.shape or pd.isna(_by_row(users)).any()):
+        missing = ", some of them missing" * bool(np.ndim(users) == 1 and pd.isna(_by_row(users)).any())
+        raise ValueError(
+            f"users of shape {np.shape(users)}{missing} for {len(labels)} labels; name the user of each row"
+        )
     return labels.astype(np.int64), scores
+
+
+def _by_row(users):
+    """Users as an array that keeps 1 and "1" apart."""
+    return users.detach().cpu().numpy() if hasattr(users, "detach") else pd.Series(users).to_numpy()
 
 
 def auc(labels, scores):
@@ -613,7 +681,7 @@ def _weighted_aucs(labels, scores, weights):
 def user_aucs(users, labels, scores):
     """AUC of each user: a float64 Series indexed by user; NaN for a user with one row or one class."""
     labels, scores = _check_scores(labels, scores, users)
-    rows = pd.DataFrame({"label": labels, "score": scores}).groupby(np.asarray(users)).indices
+    rows = pd.DataFrame({"label": labels, "score": scores}).groupby(_by_row(users)).indices
     found = {u: _weighted_aucs(labels[own], scores[own], np.ones((1, len(own))))[0] for u, own in rows.items()}
     return pd.Series(found, dtype=float)
 
@@ -630,18 +698,22 @@ def uauc(users, labels, scores):
     return float(each.mean()), len(each)
 
 
-def _bootstrap(users, labels, scores, draws, seed):
-    """{"auc", "uauc"}: float64 [draws] of samples of users with replacement; one seed, the same samples."""
-    each = user_aucs(users, labels, scores)
-    place = each.index.get_indexer(np.asarray(users))
-    rng, share, counted = np.random.default_rng(seed), np.full(len(each), 1 / len(each)), each.notna().to_numpy()
-    at_once, found = max(1, 10_000_000 // len(place)), {"auc": [], "uauc": []}  # bounds the memory
+def _bootstrap(users, labels, ways, draws, seed):
+    """For each array of scores in `ways` {"auc", "uauc"}: float64 [draws], over the same samples of users."""
+    if not (isinstance(draws, (int, np.integer)) and draws > 0):
+        raise ValueError(f"draws is {draws!r}; ask for one or more, 1,000 for an interval")
+    auc(labels, ways[0])  # refuses labels of one class
+    each = [user_aucs(users, labels, scores) for scores in ways]
+    place, counted = each[0].index.get_indexer(_by_row(users)), each[0].notna().to_numpy()
+    rng, share = np.random.default_rng(seed), np.full(len(counted), 1 / len(counted))
+    at_once, found = max(1, 10_000_000 // len(place)), [{"auc": [], "uauc": []} for _ in ways]  # bounds the memory
     for start in range(0, draws, at_once):
-        counts = rng.multinomial(len(each), share, size=min(at_once, draws - start))  # [draws, users]
-        found["auc"].append(_weighted_aucs(labels, scores, counts[:, place].astype(float)))
-        with np.errstate(invalid="ignore"):  # a draw may hold no countable user
-            found["uauc"].append(counts[:, counted] @ each[counted] / counts[:, counted].sum(1))
-    return {name: np.concatenate(values) for name, values in found.items()}
+        counts = rng.multinomial(len(counted), share, size=min(at_once, draws - start))  # [draws, users]
+        for values, mine, scores in zip(found, each, ways):
+            values["auc"].append(_weighted_aucs(labels, scores, counts[:, place].astype(float)))
+            with np.errstate(invalid="ignore"):  # a draw may hold no countable user
+                values["uauc"].append(counts[:, counted] @ mine[counted] / counts[:, counted].sum(1))
+    return [{name: np.concatenate(parts) for name, parts in values.items()} for values in found]
 
 
 def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
@@ -649,7 +721,8 @@ def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
 
     Users, not rows, are drawn, for the rows of one user hang together (percentile bootstrap, Efron 1979).
     """
-    values = _bootstrap(users, *_check_scores(labels, scores, users), draws, seed)
+    labels, scores = _check_scores(labels, scores, users)
+    (values,) = _bootstrap(users, labels, [scores], draws, seed)
     return {name: tuple(np.nanpercentile(value, [2.5, 97.5]).tolist()) for name, value in values.items()}
 
 
@@ -659,7 +732,7 @@ def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
     difference = b - a with its 95 % interval over resampled users; p is two-sided, from the same draws.
     """
     (_, a), (labels, b) = _check_scores(labels, scores_a, users), _check_scores(labels, scores_b)
-    drawn, points = [_bootstrap(users, labels, s, draws, seed) for s in (a, b)], []
+    drawn, points = _bootstrap(users, labels, [a, b], draws, seed), []
     for s in (a, b):
         points.append({"auc": auc(labels, s), "uauc": uauc(users, labels, s)[0]})
     rows = {}

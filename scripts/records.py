@@ -9,7 +9,9 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,14 +99,15 @@ def put_row(path, row, key):
     """
     row = row | {name: stamp for name, stamp in stamps().items() if row.get(name) is None}
     table = pd.DataFrame([{name: "" if value is None else str(value) for name, value in row.items()}])
-    if Path(path).exists():
-        old = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if list(old.columns) != list(table.columns):
-            raise ValueError(f"{path}: its columns are not those of this version; move the file away and run again")
-        same = (old[key] == table.loc[0, key]).all(axis=1)
-        table = pd.concat([old[~same], table], ignore_index=True)
-    with bu.replacing(path) as part:
-        table.to_csv(part, index=False)
+    with bu.alone(path):
+        if Path(path).exists():
+            old = pd.read_csv(path, dtype=str, keep_default_na=False)
+            if list(old.columns) != list(table.columns):
+                raise ValueError(f"{path}: its columns are not those of this version; move it away and run again")
+            same = (old[key] == table.loc[0, key]).all(axis=1)
+            table = pd.concat([old[~same], table], ignore_index=True)
+        with bu.replacing(path) as part:
+            table.to_csv(part, index=False)
 
 
 def has_row(path, known):
@@ -134,12 +137,22 @@ def read_answers(path):
     """
     if not Path(path).exists():
         raise OSError(f"{path} is not there; python scripts/results.py makes it")
-    table = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path).reset_index()
+    try:
+        if Path(path).suffix != ".csv":
+            size = pq.read_metadata(path)
+            if size.num_rows * size.num_columns > 100_000_000:
+                raise ValueError(f"{size.num_rows:,} rows of {size.num_columns} columns are more than any split has")
+        table = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path).reset_index()
+    except (ValueError, OSError) as error:  # pandas' and Arrow's for what is no such file
+        raise ValueError(f"{path}: not answers ({error})") from None
     if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
         raise ValueError(f"{path}: not answers; its columns must be `row` and a number column for each run")
     for bad, what in (
         (table.row.duplicated(), "row {row:.0f} is there twice; drop one"),
-        (table.row.isna() | (table.row < 0) | (table.row % 1 > 0), "row {row} is not the place of a row in the split"),
+        (
+            table.row.isna() | (table.row < 0) | (table.row % 1 > 0) | (table.row > 2**53),
+            "row {row} is not the place of a row in the split",
+        ),
         ((table.drop(columns="row").sub(0.5).abs() > 0.5).any(axis=1), "row {row:.0f} holds an answer not from 0 to 1"),
     ):
         if bad.any():
@@ -149,8 +162,14 @@ def read_answers(path):
 
 def keep_answers(path, name, rows, p):
     """Put `p`, the answers on `rows`, into column `name` of the Parquet file `path`; the other columns stay."""
-    table = pd.DataFrame({name: p.astype("float32")}, index=rows.index.rename("row"))
-    if Path(path).exists():
-        table = read_answers(path).drop(columns=name, errors="ignore").join(table, how="outer")
-    with bu.replacing(path) as part:
-        table.to_parquet(part)
+    p = np.asarray(p, np.float32)
+    if p.shape != (len(rows),) or rows.index.has_duplicates or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(
+            f"{name}: give each row, once, an answer from 0 to 1; here {len(rows)} rows, {p.shape} answers"
+        )
+    table = pd.DataFrame({name: p}, index=rows.index.rename("row"))
+    with bu.alone(path):
+        if Path(path).exists():
+            table = read_answers(path).drop(columns=name, errors="ignore").join(table, how="outer")
+        with bu.replacing(path) as part:
+            table.to_parquet(part)

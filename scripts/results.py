@@ -223,7 +223,7 @@ def answer(name, seed, dataset, profile):
     asked = {
         "run": title,
         "profile": profile.name,
-        "made_from": bu.digest(card, *(len(part) for part in rows.values())),
+        "made_from": bu.digest(card, *rows.values()),
     }
     if records.has_row(folder / "runs.csv", asked):
         return print(f"{title}: there already", flush=True)
@@ -271,10 +271,11 @@ def score_in_parts(model, tokenizer, prompts, key, size=1000):
 def keep_curve(path, title, profile, curve):
     """Put a run's learning curve into curves.csv, in place of an earlier one."""
     curve = curve[["step", "rows", "loss"]].round(4).assign(run=title, profile=profile.name)
-    others = pd.read_csv(path) if path.exists() else curve.head(0)
-    others = others[(others.run != title) | (others.profile != profile.name)]
-    with bu.replacing(path) as part:
-        pd.concat([others, curve]).to_csv(part, index=False)
+    with bu.alone(path):
+        others = pd.read_csv(path) if path.exists() else curve.head(0)
+        others = others[(others.run != title) | (others.profile != profile.name)]
+        with bu.replacing(path) as part:
+            pd.concat([others, curve]).to_csv(part, index=False)
 
 
 def main(wanted):

@@ -23,7 +23,7 @@ def make_rows(seed, n, n_users=20, n_items=30, start=0):
     user, item = pairs // n_items, pairs % n_items
     noise = rng.random(n) < 0.1
     label = ((user % 2 == item % 2) ^ noise).astype(np.int64)
-    when = np.sort(rng.integers(start, start + 1000, n))
+    when = 100 * np.sort(rng.integers(start, start + 1000, n))  # three days
     return pd.DataFrame({"user": user, "item": item, "label": label, "timestamp": when})
 
 

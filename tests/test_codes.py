@@ -339,7 +339,7 @@ def test_bad_vectors_are_named(toy):
             make(users[:, 0], items)
     with pytest.raises(ValueError, match="users have 4 numbers and items 3; they must agree"):
         bx.binarise(users, items[:, :3])
-    with pytest.raises(ValueError, match="item 29 has no vector; there are 29, from id 0"):
+    with pytest.raises(ValueError, match="item 29 has no vector; ids here go from 0 to 28"):
         bx.codes_from_embeddings(users, items[:29], toy.train)
     with pytest.raises(ValueError, match="interactions: all labels are 0"):
         bx.codes_from_embeddings(users, items, toy.train.assign(label=0))
@@ -413,7 +413,7 @@ def test_codes_are_fitted_once(toy, tmp_path, monkeypatch):
 def test_ids_without_a_code_are_named(toy_codes):
     """-1 is what libraries call "unknown"; it must not mean the last one."""
     rows = pd.DataFrame({"user": [0, -1], "item": [0, 0]})
-    with pytest.raises(ValueError, match="user -1 has no code; there are codes for 0 to 19"):
+    with pytest.raises(ValueError, match="user -1 has no code; ids here go from 0 to 19"):
         toy_codes.similarity(rows)
     with pytest.raises(ValueError, match="item 30 has no code; there are codes for 0 to 29"):
         toy_codes.of(pd.DataFrame({"user": [0], "item": [30]}))

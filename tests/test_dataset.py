@@ -110,7 +110,7 @@ def test_sample_holds_whole_users_up_to_the_cap(ml1m):
         ({"titles": ["A"] * 29}, r"row \d+: item id 29 has no title"),
         ({"titles": ["A"] * 29 + [" "]}, "item 29 has no title but ' '; give each item a text"),
         ({"titles": ["A"] * 29 + ["\x00\u200b"]}, "item 29 has no title"),
-        ({"titles": "one text"}, "titles is one text; give a list"),
+        ({"titles": "one text"}, "titles is a str; give a list"),
         ({"tags": ["Action|Comedy"] * 30}, "tags of item 0 are 'Action|Comedy'; give a list of words"),
         ({"tags": [("Action", float("nan"))] * 30}, "tags of item 0 are .*; give a list of words"),
         ({"tags": [()] * 29}, "29 lists of tags for 30 items"),

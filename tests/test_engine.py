@@ -44,7 +44,9 @@ FAMILIES["gemma2, soft cap"] = ("gemma2", FAMILIES["gemma2, soft cap, window 8"]
 class Letters:
     """A tokenizer for tests: one token a letter, 1 to 59; spaces are left out."""
 
-    def __call__(self, text):
+    eos_token_id = sep_token_id = None
+
+    def __call__(self, text, **_):
         whole = [text] if isinstance(text, str) else text
         ids = [[1 + ord(letter) % 59 for letter in t if letter != " "] for t in whole]
         return type("Encoding", (), {"input_ids": ids[0] if isinstance(text, str) else ids})
@@ -98,11 +100,12 @@ def test_an_empty_prompt_is_named():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3, window 8", "phi with a bias"])
-def test_adapters_are_heeded_disabled_switched_and_merged(name):
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_heeded_disabled_switched_and_merged(name, dora):
     kind, config, _ = FAMILIES[name]
-    model, prompts = tiny(kind, config), prompts_of(1)
+    model, prompts = tiny(kind, config), prompts_of(1, n=20)  # 46: however many there are
     base = plainly(model, prompts)
-    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    settings = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "use_dora": dora}
     model = get_peft_model(model, LoraConfig(**settings)).eval()
     model.add_adapter("other", LoraConfig(**settings))
 
@@ -116,6 +119,9 @@ def test_adapters_are_heeded_disabled_switched_and_merged(name):
     assert np.abs(second - plainly(model, prompts)).max() < 1e-5 and np.abs(second - first).max() > 1e-3
     with model.disable_adapter():
         assert np.abs(scored() - base).max() < 1e-5
+    model.merge_adapter()
+    assert np.abs(scored() - second).max() < 1e-4
+    model.unmerge_adapter()
     model = model.merge_and_unload()
     assert np.abs(scored() - second).max() < 1e-4
 

@@ -130,7 +130,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(llm, tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="cannot write the checkpoint .*No space left.*the one before is kept; make room"):
+    with pytest.raises(
+        OSError, match="cannot write .*checkpoint.safetensors .*No space left.*the one before is kept; make room"
+    ):
         tune_kept(bu.load_llm(layers=2), tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == good
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
