@@ -149,6 +149,9 @@ class _Bounded(tqdm):
 
     most = 100_000_000  # bytes
 
+    def __bool__(self):  # whether there is a bar, not whether a size is known
+        return True
+
     def update(self, n=1):
         super().update(n)
         if self.n > self.most:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import binllm_utils as bu
-from binllm_data import _ids, _seconds
+from binllm_data import _column, _ids, _seconds
+from binllm_llm import _check_bare
 from binllm_utils import Codes, _check_bits, _check_both_classes, _one_code, as_array, to_pairs, train_cf, zero_unseen
 
 
@@ -329,7 +330,8 @@ def fold_in(model, dataset, rows):
         user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
     }
     out = np.tile(average, (len(rows), 1))
-    for place, (user, when) in enumerate(zip(_ids(rows, "user"), _seconds(rows.timestamp))):
+    asked = zip(_ids(rows, "user"), _seconds(_column(rows, "timestamp")))
+    for place, (user, when) in enumerate(asked):
         times, seen, labels = past.get(user, (np.empty(0), [], []))
         before = np.searchsorted(times, when)
         if before:
@@ -400,7 +402,7 @@ def code_questions(codes, template=ALIKE):
 
 def load_shipped(model, name):
     """`model` with the adapter data/adapters/`name`; as it is, and a line says so, if that is for another LLM."""
-    bu.binllm_llm._check_bare(model)
+    _check_bare(model)
     try:
         return bu.load_adapter(model, bu.ROOT / "data" / "adapters" / name)
     except ValueError as error:

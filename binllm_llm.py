@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import tempfile
 import time
 import zipfile
@@ -330,8 +331,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     """
     labels = _check_targets(prompts, labels)
     if valid:
-        if set(_check_targets(*valid, "valid: ").tolist()) != {0, 1}:
-            raise ValueError("valid: AUC needs liked and disliked rows, labels 1 and 0")
+        _check_targets(*valid, "valid: ", whole=True)
         encode_prompts(model, tokenizer, valid[0])
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
     batches, seed = make_batches(ids, batch_size, epochs, seed, shuffle), int(seed)
@@ -360,7 +360,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     return model.eval(), pd.DataFrame(run.curve, columns=["step", "rows", "loss", "lr", "seconds", "valid_auc"])
 
 
-def _check_targets(prompts, labels, what=""):
+def _check_targets(prompts, labels, what="", whole=False):
     labels = np.asarray(labels, dtype=np.float32)
     if labels.shape != (len(prompts),):
         raise ValueError(f"{what}{len(prompts)} prompts and labels of shape {labels.shape}; give one label a prompt")
@@ -368,6 +368,8 @@ def _check_targets(prompts, labels, what=""):
         raise ValueError(f"{what}labels go from {labels.min()} to {labels.max()}; give 0 and 1, or shares between them")
     if np.ptp(labels) == 0:
         raise ValueError(f"{what}all {len(labels)} labels are {labels[0]}; take rows with likes and dislikes")
+    if whole and set(labels.tolist()) != {0, 1}:
+        raise ValueError(f"{what}AUC needs labels 1 and 0, no shares")
     return labels
 
 
@@ -586,11 +588,15 @@ def load_adapter(model, folder):
         raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
     if not isinstance(config, LoraConfig) or config.megatron_config:  # that one would import what the file names
         raise ValueError(f"{folder} is no LoRA adapter but {config.peft_type}; only those of `save_adapter` are read")
+    saved = {found[1] for found in (re.search(r"\.(\d+)\.", name) for name in names) if found}
+    layers = _base(model).config.get_text_config().num_hidden_layers
+    if saved and len(saved) != layers:
+        raise ValueError(f"{folder} was tuned on {len(saved)} layers, the model given has {layers}; load the whole LLM")
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     except RuntimeError as error:  # weights of other sizes
         raise ValueError(f"{folder} does not fit the model given ({str(error)[:200]}); load a fresh one") from None
-    own = get_peft_model_state_dict(loaded)
+    own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     odd = own.keys() ^ names.keys()
     if odd or not all(weight.isfinite().all() for weight in own.values()):
         loaded.unload()

@@ -181,8 +181,9 @@ def as_array(values, name):
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values
+    by_place(values, name)
     try:
-        return np.asarray(by_place(values, name))
+        return np.asarray(values)
     except ValueError:
         raise ValueError(f"{name}: the rows differ in length; give a table") from None
 
@@ -334,14 +335,12 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
     Raises ValueError when the training or valid labels are of one class only.
     """
     _check_both_classes(train=dataset.train, valid=dataset.valid)
-    if max_epochs < 1:
-        raise ValueError(f"max_epochs is {max_epochs}; train for one or more")
     users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     judged = averaged.module if average else model
     shuffle, batch_size = torch.Generator().manual_seed(int(seed)), max(2048, len(labels) // 100)
-    curve, best, began = [], None, time.perf_counter()
+    curve, best, began = [], (-1.0, 0, model.state_dict()), time.perf_counter()
     with tqdm(total=max_epochs, desc=f"{type(model).__name__} epochs", disable=not progress, leave=False) as bar:
         for epoch in range(max_epochs):
             model.train()
@@ -360,7 +359,7 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
             score = auc(dataset.valid.label, scores)
             both = score + user_aucs(dataset.valid.user, dataset.valid.label, scores).fillna(0.5).mean()
             curve.append((epoch, total / len(labels), score, time.perf_counter() - began))
-            if best is None or both > best[0]:
+            if both > best[0]:
                 best = (both, epoch, {name: value.clone() for name, value in judged.state_dict().items()})
             bar.update()
             bar.set_postfix(valid_auc=f"{score:.4f}", best_epoch=best[1])

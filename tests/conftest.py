@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("BINLLM_PROFILE", "smoke")
@@ -52,3 +53,39 @@ def ml1m():
 def llm():
     """The real LLM's first two layers, in four bits: every code path, a fifteenth of the work. Fresh for each test."""
     return bu.load_llm(layers=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- drills
+# A drill tries one thing many times and counts; `make fuzz` (pytest --fuzz) is the long form, which keeps its counts.
+TRIED = {}  # name: [tried, survived]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", action="store_true", help="the drills in their long form, recorded in data/results")
+
+
+@pytest.fixture
+def long(request):
+    return request.config.getoption("--fuzz")
+
+
+@contextmanager
+def case(drill):
+    """One case of the drill of that name; it has survived if the block ends without an error."""
+    count = TRIED.setdefault(drill, [0, 0])
+    count[0] += 1
+    yield
+    count[1] += 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not TRIED:
+        return
+    terminalreporter.section("drills: tried, survived, lost")
+    for drill, (tried, survived) in TRIED.items():
+        terminalreporter.line(f"{drill:60s} {tried:9,d} {survived:9,d} {tried - survived:6,d}")
+        if config.getoption("--fuzz"):
+            import records
+
+            row = {"drill": drill, "tried": tried, "survived": survived, "lost": tried - survived} | records.stamps()
+            records.put_row(ROOT / "data/results/drills.csv", row, ["drill"])

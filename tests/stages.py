@@ -1,9 +1,7 @@
 """What the fault drill disturbs: stages of the walk on little data, in a process of its own that may be killed.
 
-python tests/stages.py run STAGE FOLDER [WHO]     one undisturbed run
-python tests/stages.py kill STAGE FOLDER N SEED   N runs killed at moments drawn by SEED, each followed by a whole one
-python tests/stages.py disk STAGE FOLDER          runs on a full and on a read-only disk; FOLDER is a disk of its own
-python tests/stages.py clock STAGE FOLDER         a run cut short, then one whose clock stands years before
+python tests/stages.py disturbed FOLDER N SEED   N runs of each stage killed at moments that SEED draws, and others
+python tests/stages.py disk FOLDER               runs on a full and on a read-only disk; FOLDER is a disk of its own
 
 Each prints lines of JSON: a digest of what came out, or the error.
 """
@@ -11,6 +9,7 @@ Each prints lines of JSON: a digest of what came out, or the error.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,34 +122,40 @@ MOMENTS = {"download": (binllm_data._Bounded, "update"), "codes": (bu.BinMF, "be
 MOMENTS |= {"tuning": (binllm_llm._Run, "step"), "scoring": (binllm_llm, "answer_logits")}
 
 
-def forked(stage, folder, who="a", last=None, before=lambda: None):
-    """Run `stage` in a fork: {"result"} or {"error"}, with the number of "moments"; nothing but those if killed.
-
-    The fork kills itself at moment `last`, before what would have been done to a file.
-    """
+def begun(stage, folder, who="a", last=None, before=lambda: None):
+    """Begin a run of `stage` in a fork, for `ended`; it kills itself at moment `last`, before a file is touched."""
     folder.mkdir(parents=True, exist_ok=True)
     read, write = os.pipe()
     child = os.fork()
-    if not child:
-        count = watch(stage, folder, last, write)
-        said = {}
-        try:
-            torch.set_num_threads(1)
-            bu.quiet()
-            before()
-            said["result"] = STAGES[stage](folder, who)
-        except BaseException as error:
-            said |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
-        os.write(write, json.dumps(said | {"moments": count[0]}).encode())
-        os._exit(0)
-    os.close(write)
+    if child:
+        os.close(write)
+        return child, read
+    count, said = watch(stage, folder, last), {}
+    try:
+        torch.set_num_threads(1)
+        bu.quiet()
+        before()
+        said["result"] = STAGES[stage](folder, who)
+    except BaseException as error:
+        said |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-1500:]}
+    os.write(write, json.dumps(said | {"moments": count[0]}).encode())
+    os._exit(0)
+
+
+def ended(run):
+    """What a run has to say: {"result" or "error", "moments"}; only {"killed"} if it was."""
+    child, read = run
     with os.fdopen(read) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
     return json.loads(said) if said else {"killed": os.WTERMSIG(status) == signal.SIGKILL}
 
 
-def watch(stage, folder, last, write):
+def forked(*arguments, **options):
+    return ended(begun(*arguments, **options))
+
+
+def watch(stage, folder, last):
     """Count the moments of this process from now on, and end it at the `last`; the list returned holds the count."""
     count, inside = [0], str(folder)
 
@@ -171,17 +176,30 @@ def watch(stage, folder, last, write):
     return count
 
 
-def kill(stage, folder, n, seed):
+def years_ago():
+    real = time.time
+    time.time = lambda: real() - 3e8
+
+
+def disturbed(stage, folder, n, seed):
+    """Runs that are killed, whose clock is set back, or that have company; each line ends with a whole run's result."""
     whole = forked(stage, folder / "whole")
-    yield whole
+    yield {"drill": "not disturbed"} | whole
     for moment in sorted(random.Random(seed).sample(range(whole["moments"]), min(n, whole["moments"]))):
         place = folder / str(moment)
-        yield {"moment": moment} | forked(stage, place, last=moment) | forked(stage, place)
+        yield {"drill": "killed", "moment": moment} | forked(stage, place, last=moment) | forked(stage, place)
+        shutil.rmtree(place)
+    forked(stage, folder / "clock", last=whole["moments"] // 2)
+    yield {"drill": "clock set back"} | forked(stage, folder / "clock", before=years_ago)
+    for run in [begun(stage, folder / "both") for _ in range(2)]:
+        yield {"drill": "two at once"} | ended(run)
+    yield {"drill": "two at once"} | forked(stage, folder / "both")
 
 
 def disk(stage, folder):
-    yield forked(stage, folder / "whole")
-    mount = ["mount", "-o"]
+    """Runs without room, with a little, and on a read-only disk; then each again on a sound one."""
+    folder.mkdir()
+    yield {"drill": "not disturbed"} | forked(stage, folder / "whole")
     for room in (0, 1, 4, 16, 64, 256):  # blocks of 4 KiB
         place, filler = folder / str(room), folder / "filler"
         place.mkdir()
@@ -192,35 +210,26 @@ def disk(stage, folder):
         os.truncate(filler, max(0, filler.stat().st_size - room * 4096))
         said = forked(stage, place)
         filler.unlink()
-        yield {"full": said} | forked(stage, place)
+        yield {"drill": "full disk", "disturbed": said} | forked(stage, place)
+        shutil.rmtree(place)
     place = folder / "read-only"
     place.mkdir()
-    subprocess.run([*mount, "remount,ro", folder], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
     said = forked(stage, place)
-    subprocess.run([*mount, "remount,rw", folder], check=True)
-    yield {"read-only": said} | forked(stage, place)
-
-
-def clock(stage, folder):
-    def years_ago():
-        real = time.time
-        time.time = lambda: real() - 3e8
-
-    whole = forked(stage, folder / "whole")
-    yield whole
-    for moment in (whole["moments"] // 2, whole["moments"] - 1, None):
-        place = folder / str(moment)
-        yield forked(stage, place, last=moment) | forked(stage, place, before=years_ago)
+    subprocess.run(["mount", "-o", "remount,rw", folder.parent], check=True)
+    yield {"drill": "read-only disk", "disturbed": said} | forked(stage, place)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    what, stage, folder, *more = sys.argv[1:]
-    folder = Path(folder).resolve()
-    lines = {
-        "run": lambda: [forked(stage, folder, *more)],
-        "kill": lambda: kill(stage, folder, *map(int, more)),
-        "disk": lambda: disk(stage, folder),
-        "clock": lambda: clock(stage, folder),
-    }
-    for line in lines[what]():
-        print(json.dumps(line), flush=True)
+    what, folder, *more = sys.argv[1:]
+    for stage in STAGES:
+        place = Path(folder).resolve() / stage
+        for line in disturbed(stage, place, *map(int, more)) if what == "disturbed" else disk(stage, place):
+            print(json.dumps({"stage": stage} | line), flush=True)
+    if what == "disturbed":  # two that record different things
+        place = Path(folder).resolve() / "two"
+        for run in [begun("recording", place, who) for who in "ab"]:
+            ended(run)
+        found = pd.read_csv(place / "runs.csv").run.tolist(), list(records.read_answers(place / "answers.parquet"))
+        print(json.dumps({"stage": "two", "drill": "two that record"} | dict(zip(("runs", "answers"), found))))

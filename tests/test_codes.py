@@ -415,5 +415,5 @@ def test_ids_without_a_code_are_named(toy_codes):
     rows = pd.DataFrame({"user": [0, -1], "item": [0, 0]})
     with pytest.raises(ValueError, match="user -1 has no code; ids here go from 0 to 19"):
         toy_codes.similarity(rows)
-    with pytest.raises(ValueError, match="item 30 has no code; there are codes for 0 to 29"):
+    with pytest.raises(ValueError, match="item 30 has no code; ids here go from 0 to 29"):
         toy_codes.of(pd.DataFrame({"user": [0], "item": [30]}))

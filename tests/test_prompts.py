@@ -106,7 +106,7 @@ def test_bad_calls_are_named(toy, toy_codes):
     with pytest.raises(ValueError, match="item -1 has no title; ids here go from 0 to 29"):
         bu.build_prompts(toy, toy.test.assign(item=-1), style="text")
     few = bu.Codes(toy_codes.users[:5], toy_codes.items)
-    with pytest.raises(ValueError, match=r"user \d+ has no code; there are codes for 0 to 4"):
+    with pytest.raises(ValueError, match=r"user \d+ has no code; ids here go from 0 to 4"):
         bu.build_prompts(toy, toy.test, few)
     assert bu.build_prompts(toy, toy.test.iloc[:0], toy_codes) == []
     assert np.shape(bu.build_prompts(toy, toy.test, toy_codes)) == (len(toy.test),)
