@@ -261,8 +261,9 @@ def _check_titles(titles):
         raise ValueError(f"titles is a {type(titles).__name__}; give a list with a title an item, by item id")
     titles = list(by_place(titles, "titles"))
     for item, title in enumerate(titles):
-        number = isinstance(title, (int, float, np.number)) and not isinstance(title, bool)
-        if number and np.isfinite(title):  # the film "1984", as a table reader may give it
+        whole = isinstance(title, (int, np.integer)) and not isinstance(title, bool)
+        if whole or (isinstance(title, (float, np.floating)) and np.isfinite(title)):
+            # the film "1984", as a table reader may give it
             titles[item] = str(int(title)) if title == int(title) else str(title)
         elif not isinstance(title, str) or not any(letter.isprintable() and not letter.isspace() for letter in title):
             raise ValueError(f"item {item} has no title but {title!r}; give each item a text (a film called NA: "
@@ -293,7 +294,7 @@ def _check_tags(tags, n_items):
     if len(tags) != n_items:
         raise ValueError(f"{len(tags)} lists of tags for {n_items} items; give one an item, or none")
     for item, words in enumerate(tags):
-        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        if not isinstance(words, (list, tuple, set)) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"tags of item {item} are {words!r}; give a list of words, such as ['Action', 'Comedy']")
     return [tuple(words) for words in tags]
 

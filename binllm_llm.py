@@ -564,42 +564,57 @@ def save_adapter(model, folder, card, curve):
         )
 
 
+def _read_adapter(folder):
+    """(LoraConfig, name of the LLM, weights) that `save_adapter` wrote; nothing else that a card could ask peft for."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    file, own = Path(folder, "adapter_model.safetensors"), ("r", "lora_alpha", "lora_dropout", "target_modules")
+    if not file.exists():
+        raise OSError(f"{folder} holds no adapter_model.safetensors; tune one first (notebook 04)")
+    try:
+        card, weights = json.loads(Path(folder, "adapter_config.json").read_text()), load_file(file)
+        r, alpha, dropout, modules = (card[name] for name in own)
+        sound = isinstance(r, int) and 0 < r <= 4096 and 0 < alpha <= 4096 and 0 <= dropout < 1
+        if not (sound and isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)):
+            raise ValueError(f"r {r}, lora_alpha {alpha}, lora_dropout {dropout}, target_modules {modules}")
+        config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{folder} holds no adapter that can be read ({error!r:.300}); tune it again") from None
+    usual = config.to_dict()
+    free = {*own, "base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping", "revision", "task_type"}
+    odd = [name for name in card if name not in free and card[name] != usual.get(name)]
+    if odd:
+        raise ValueError(f"{folder} is no plain LoRA adapter: {odd[0]} is {card[odd[0]]!r:.60}; only those are read")
+    return config, card.get("base_model_name_or_path"), weights
+
+
 def load_adapter(model, folder):
     """Put the adapter saved in `folder` on a fresh `model`: it scores as the saved one did, and `tune` can go on.
 
-    Raises OSError when there is none, ValueError when it was tuned on another LLM or other layers, or when `model`
-    carries an adapter already.
+    Raises OSError when there is none, ValueError when it cannot be read, was tuned on another LLM or other layers, or
+    when `model` carries an adapter already; `model` then stays as it was.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    file = Path(folder, "adapter_model.safetensors")
-    if not file.exists():
-        raise OSError(f"{folder} holds no adapter_model.safetensors; tune one first (notebook 04)")
     _check_bare(model)
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        with safe_open(file, "pt") as tensors:
-            names = dict.fromkeys(tensors.keys())
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder} holds no adapter that can be read ({error}); tune it again") from None
-    base = config.base_model_name_or_path
+    config, base, weights = _read_adapter(folder)
     if (base or "") != (model.name_or_path or ""):
-        raise ValueError(f"{folder} was tuned on {base}, the model given is {model.name_or_path}; load that LLM")
-    if not isinstance(config, LoraConfig) or config.megatron_config:  # that one would import what the file names
-        raise ValueError(f"{folder} is no LoRA adapter but {config.peft_type}; only those of `save_adapter` are read")
-    saved = {found[1] for found in (re.search(r"\.(\d+)\.", name) for name in names) if found}
+        raise ValueError(f"{folder} was tuned on {base!r:.80}, the model given is {model.name_or_path}; load that LLM")
+    saved = {found[1] for found in (re.search(r"\.(\d+)\.", name) for name in weights) if found}
     layers = _base(model).config.get_text_config().num_hidden_layers
     if saved and len(saved) != layers:
         raise ValueError(f"{folder} was tuned on {len(saved)} layers, the model given has {layers}; load the whole LLM")
     try:
-        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
-    except RuntimeError as error:  # weights of other sizes
-        raise ValueError(f"{folder} does not fit the model given ({str(error)[:200]}); load a fresh one") from None
+        loaded = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"{folder} does not fit the model given: {error!s:.300}") from None
     own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    odd = own.keys() ^ names.keys()
-    if odd or not all(weight.isfinite().all() for weight in own.values()):
+    odd = {name for name in own.keys() | weights.keys()
+           if name not in own or name not in weights or own[name].shape != weights[name].shape}  # fmt: skip
+    if odd or not all(weight.isfinite().all() for weight in weights.values()):
         loaded.unload()
         what = f"{len(odd)} weights are only in one of them, such as {min(odd)}" if odd else "a weight is no number"
-        raise ValueError(f"{folder} does not fit the model given: {what}; load the whole LLM it was tuned on")
-    return loaded
+        raise ValueError(f"{folder} does not fit the model given: {what:.300}; load the LLM it was tuned on")
+    set_peft_model_state_dict(loaded, weights)
+    return loaded.eval()

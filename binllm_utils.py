@@ -11,7 +11,6 @@ import string
 import time
 import warnings
 import zipfile
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,9 +193,11 @@ def _check_bits(code, name="code"):
         raise ValueError(
             f"{name}: a code of {code.shape[-1] if code.ndim else 1} bits; the length must be a multiple of 8"
         )
-    other = code[~np.isin(code, (0, 1))] if code.dtype.kind != "b" else code[:0]
-    if other.size:
-        raise ValueError(f"{name}: a code may hold only 0 and 1, here {other.flat[0]!r}")
+    number = (bool, int, float, np.bool_, np.integer, np.floating)  # in a table of objects there may be anything
+    other = [x for x in code.flat if not isinstance(x, number)] if code.dtype == object else []
+    other = other or code[~np.isin(code, (0, 1))].tolist()
+    if other:
+        raise ValueError(f"{name}: a code may hold only 0 and 1, here {other[0]!r:.60}")
     return code.astype(np.uint8, copy=False)
 
 
@@ -467,8 +468,10 @@ def _read_codes(path, dataset, bits):
                 if archive.getinfo(f"{name}.npy").file_size > 1000 + np.prod(shape):
                     raise ValueError(f"{name} are larger than {shape[0]} x {shape[1]}")
             codes = Codes(arrays["users"], arrays["items"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} holds no codes that fit ({error}); delete it, and they are made again") from None
+    except Exception as error:  # whatever reading a damaged archive may raise: there are a dozen kinds
+        raise ValueError(
+            f"{path} holds no codes that fit ({error!s:.300}); delete it, and they are made again"
+        ) from None
     if (codes.users.shape, codes.items.shape) != tuple(shapes.values()):
         raise ValueError(f"{path} holds codes of {codes.users.shape} and {codes.items.shape}; delete it")
     return codes
@@ -619,6 +622,7 @@ def _one_a_row(values, name):
     """float64 [rows] from a list, array, Series or tensor, by place; NaN for a missing value."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
+    values = as_array(values, name) if not hasattr(values, "dtype") else values  # pandas' keep their own kinds
     if np.ndim(values) != 1:
         raise ValueError(f"{name} have shape {np.shape(values)}; give one a row")
     values = pd.Series(values)

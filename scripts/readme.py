@@ -58,16 +58,23 @@ def markdown(header, rows):
 
 def read_metrics(path):
     """The rows of metrics.csv. Raises ValueError, naming file and line, for one that cannot be put into a table."""
-    metrics = pd.read_csv(path).fillna({"variant": "", "format": "", "bits": 0})
-    if list(metrics.columns) != records.METRIC_COLUMNS:
-        raise ValueError(f"{path}: its columns are not those of this version; move it away and run make results")
+    metrics = records.read_table(
+        path, records.METRIC_COLUMNS, ["auc", "uauc", "auc_lo", "auc_hi", "uauc_lo", "uauc_hi"]
+    )
+    metrics = metrics.fillna({"variant": "", "format": "", "bits": 0, "model": "", "split": "", "profile": ""})
     for bad, what in (
+        (~pd.to_numeric(metrics.bits, errors="coerce").between(0, 4096), "{bits} bits; no code has that many"),
+        (~(pd.to_numeric(metrics.rows, errors="coerce") >= 1), "{rows} rows; a result has one or more"),
+        (
+            (metrics.auc_lo > metrics.auc_hi) | (metrics.uauc_lo > metrics.uauc_hi),
+            "an interval that ends before it begins",
+        ),
         (metrics.duplicated(records.METRIC_COLUMNS[:9]), "the same result is there twice; drop one"),
         (metrics.seed.isna() & (metrics.model != "popularity"), "a {model} without its seed; run make results"),
     ):
         if bad.any():
             raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**metrics.loc[bad.idxmax()])}")
-    return metrics.astype({"bits": int})
+    return metrics.astype({"bits": int, "rows": int})
 
 
 def results_table(metrics):
@@ -100,13 +107,19 @@ def results_page(folder):
     for (split, size, profile), rows in metrics.groupby(["split", "rows", "profile"], sort=False):
         parts += [f"## {size:,} {split} rows, profile {profile}", results_table(rows)]
         parts += [f"Made on {' and '.join(sorted(set(rows.hardware)))}; {rows.users.iloc[0]} users count for UAUC."]
+    drills = folder / "drills.csv"
+    if drills.exists():
+        table = pd.read_csv(drills)[["drill", "tried", "survived", "lost"]]
+        parts += ["## Drills: what was tried and lost", markdown(list(table.columns), table.to_numpy().tolist())]
+        parts += ["By `make fuzz`: input of every kind, and runs that were killed, starved or given company."]
     for name, title in (("runs", "How each LLM was tuned and asked"), ("runtimes", "Run times of the notebooks")):
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv").drop(
                 columns=["made_from", "versions", "commit"], errors="ignore"
             )
             parts += [f"## {title}", markdown(list(table.columns), table.astype(object).fillna("").to_numpy().tolist())]
-    published = pd.read_csv(ROOT / "data" / "published.csv")
+    columns = ["source", "where", "system", "llm", "run", "auc", "uauc"]
+    published = records.read_table(ROOT / "data" / "published.csv", columns, ["auc", "uauc"])
     parts += [
         "## What others have published on these test rows",
         markdown(list(published.columns), published.astype(object).fillna("").to_numpy().tolist()),

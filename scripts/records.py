@@ -119,6 +119,26 @@ def has_row(path, known):
     return bool((table[list(cells)] == cells).all(axis=1).any())
 
 
+def read_table(path, columns, shares=()):
+    """A CSV file with exactly `columns`; those in `shares` hold numbers from 0 to 1, or nothing.
+
+    Raises ValueError, naming file and line, for anything else.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, OSError) as error:  # pandas' errors for what is no table are ValueErrors
+        raise ValueError(f"{path}: not a table ({error})") from None
+    if list(table.columns) != list(columns):
+        raise ValueError(f"{path}: its columns are not those of this version; move it away and make it again")
+    for name in shares:
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        bad = (numbers.isna() & table[name].notna()) | (numbers < 0) | (numbers > 1)
+        if bad.any():
+            raise ValueError(f"{path}, line {bad.idxmax() + 2}: {name} is {table[name][bad.idxmax()]!r}, not 0 to 1")
+        table[name] = numbers
+    return table
+
+
 def record(profile, rows, scores, **what):
     """Put the AUC and UAUC of `scores` on `rows` into metrics.csv; what: values of other METRIC_COLUMNS.
 
