@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 NBVAL = BINLLM_PROFILE=smoke $(BIN)/pytest --nbval-current-env --nbval-cell-timeout 600
 
-.PHONY: run test lab results release bench adapters address clean
+.PHONY: run test fuzz lab results release bench adapters address lock audit clean
 
 run: $(VENV)/installed     ## execute all notebooks into executed/; no tracked file changes
 	$(BIN)/python scripts/run.py
@@ -14,6 +14,9 @@ test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval
 	BINLLM_PROFILE=smoke $(BIN)/pytest tests
 	$(NBVAL) --nbval notebooks/02_*.ipynb notebooks/03_*.ipynb
 	$(NBVAL) --nbval-lax notebooks/0[01456789]_*.ipynb notebooks/solutions/*.ipynb
+
+fuzz: $(VENV)/installed    ## the drills of tests/ in their long form, over 100,000 cases; kept in data/results/drills.csv
+	BINLLM_PROFILE=smoke $(BIN)/pytest --fuzz tests/test_drill.py tests/test_faults.py
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
@@ -34,11 +37,23 @@ adapters: $(VENV)/installed ## teach the adapters of Part II anew, two hours; go
 address: $(VENV)/installed ## make address REPO=owner/name: rewrite the repository's public address everywhere
 	$(BIN)/python scripts/address.py $(REPO)
 
+lock: $(VENV)/tools        ## renew requirements.lock from requirements.txt: every package of every platform, with hashes
+	$(VENV)/tools/bin/uv pip compile requirements.txt --generate-hashes --universal --python-version 3.11 -q -o requirements.lock
+
+audit: $(VENV)/tools       ## ask the public databases for known weaknesses; write a bill of materials
+	$(VENV)/tools/bin/pip-audit -r requirements.lock --disable-pip --require-hashes
+	mkdir -p executed && $(VENV)/tools/bin/cyclonedx-py requirements requirements.lock -o executed/sbom.json
+
 clean:                     ## forget data, models and adapters that can be fetched or made again, and outputs
 	rm -rf data/cache executed
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	sed -n 's/ *\\$$//; /^[A-Za-z0-9]/p' requirements.lock >$(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c $(VENV)/constraints.txt
 	touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0

@@ -197,7 +197,7 @@ def in_children(sides, prompts, runs=3, **options):
                 command = [sys.executable, __file__, "--child", side.__name__, str(file), str(out_file)]
                 out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 measured[side].append(json.loads(out.splitlines()[-1]))
-        results = [np.load(path) for path in sorted(Path(folder).glob("*.npy"))]
+        results = [np.load(path, allow_pickle=False) for path in sorted(Path(folder).glob("*.npy"))]
     return *(np.array(measured[side]) / [len(prompts), 1] for side in measured), results
 
 
