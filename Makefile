@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 NBVAL = BINLLM_PROFILE=smoke $(BIN)/pytest --nbval-current-env --nbval-cell-timeout 600
 
-.PHONY: run test fuzz lab results release bench adapters address lock audit clean
+.PHONY: run test fuzz lab explorer results release bench adapters address lock audit clean
 
 run: $(VENV)/installed     ## execute all notebooks into executed/; no tracked file changes
 	$(BIN)/python scripts/run.py
@@ -20,6 +20,9 @@ fuzz: $(VENV)/installed    ## the drills of tests/ in their long form, over 100,
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
+
+explorer: $(VENV)/installed ## the bit explorer of all films as one page: executed/explorer.html
+	$(BIN)/python scripts/explorer.py
 
 results: $(VENV)/installed ## make what is missing of data/results, and the tables from it; hours, goes on where it was
 	$(BIN)/python scripts/results.py && $(BIN)/python scripts/readme.py

