@@ -1,16 +1,24 @@
-"""Widgets to touch the bits with: the bit explorer, in a notebook and as a page of its own (scripts/explorer.py).
+"""Widgets to touch the bits with: bit explorer (notebook 02), token lens (03), playground of P(Yes) (04).
 
-Both are drawn by explorer/explorer.js. In JupyterLab the widget comes by anywidget; where notebooks are shown by
-something else (Colab, VS Code), which would ask a server elsewhere for it, use the plain one that notebook 02 builds.
+The bit explorer is drawn by explorer/explorer.js, in a notebook and as a page of its own (scripts/explorer.py). In
+JupyterLab it comes by anywidget; where notebooks are shown by something else (Colab, VS Code), which would ask a server
+elsewhere for it, use the plain one that notebook 02 builds. The others are of ipywidgets alone, which all of them know.
 """
 
 import base64
+import html
 import sys
+import threading
 
 import anywidget
+import ipywidgets
 import numpy as np
+import pandas as pd
+import torch
 import traitlets
 
+import binllm_extras as bx
+import binllm_utils as bu
 from binllm_data import ROOT
 
 FOLDER = ROOT / "explorer"
@@ -101,3 +109,218 @@ class BitExplorer(anywidget.AnyWidget):
             if set(value) != {"user", "film"} or not all(isinstance(bit, int) and 0 <= bit < bits for bit in places):
                 return f"flips must be a list of bits from 0 to {bits - 1} for the user and one for the film"
         return None
+
+
+# ----------------------------------------------------------------------------------------------------------- token lens
+def token_boxes(pieces):
+    """HTML: each text of `pieces` in a box, in turns of two looks so that neighbours are told apart."""
+    look = "display:inline-block;padding:0 3px;margin:1px;border:1px solid;border-radius:3px;font-family:monospace"
+    looks = (f"{look};background:#0072B230", f"{look};border-style:dashed")
+    return "".join(f'<span style="{looks[at % 2]}">{html.escape(piece)}</span>' for at, piece in enumerate(pieces))
+
+
+class TokenLens(ipywidgets.VBox):
+    """Type a code in bits or dotted decimal: both notations and hexadecimal, cut into tokens by each of `habits`.
+
+    habits: {name: function from a text to the list of its tokens}. `text` is what is typed, `code` the last sound code;
+    `message` says what is wrong with the text. Neighbours one bit away are listed for a code of eight bits.
+    """
+
+    def __init__(self, habits, text="01101001"):
+        self.habits, self.code, self.message = habits, None, ""
+        self.box = ipywidgets.Text(text, description="a code", continuous_update=True)
+        self.view = ipywidgets.HTML()
+        self.box.observe(lambda _: self._draw(), "value")
+        super().__init__([self.box, self.view])
+        self._draw()
+
+    @property
+    def text(self):
+        return self.box.value
+
+    @text.setter
+    def text(self, value):
+        self.box.value = value
+
+    def read(self, text):
+        """The code that `text` writes, in bits or dotted decimal; raises ValueError for anything else."""
+        text = text.strip()
+        if not text:
+            raise ValueError("type eight bits, such as 01101001, or a number from 0 to 255")
+        return bu.from_bits(text) if set(text) <= {"0", "1"} and len(text) % 8 == 0 else bu.from_dotted(text)
+
+    def _draw(self):
+        try:
+            self.code, self.message = self.read(self.text), ""
+        except ValueError as error:
+            self.message = str(error)
+            self.view.value = f'<p role="status">{html.escape(self.message)}</p>'
+            return
+        ways = {"bits": bu.to_bits, "dotted": bu.to_dotted, "hexadecimal": bx.to_hex}
+        head = "".join(f"<th>{name}: {html.escape(write(self.code))}</th>" for name, write in ways.items())
+        lines = []
+        for habit, cut in self.habits.items():
+            cells = [cut(write(self.code)) for write in ways.values()]
+            boxes = "".join(f"<td>{token_boxes(pieces)} {len(pieces)}</td>" for pieces in cells)
+            lines.append(f"<tr><th>{html.escape(habit)}</th>{boxes}</tr>")
+        self.view.value = f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>{self._neighbours()}"
+
+    def _neighbours(self):
+        if len(self.code) != 8:
+            return ""
+        near = [self.code ^ (np.arange(8) == bit) for bit in range(8)]
+        here = int(bu.to_dotted(self.code))
+        cells = "".join(f"<td>{bu.to_dotted(code)} ({int(bu.to_dotted(code)) - here:+d})</td>" for code in near)
+        return f"<p>One bit away, first to last:</p><table><tr>{cells}</tr></table>"
+
+
+# ----------------------------------------------------------------------------------------------------------- playground
+class Reader:
+    """P(Yes) of prompts that begin alike, before and after tuning: the beginning is read once and kept."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.answers, self.kept = bu.answer_tokens(tokenizer), {}
+
+    def ask(self, prompt, beginning):
+        """(P(Yes) with the adapter off, with it on); `beginning`: how many letters of `prompt` are likely to stay."""
+        (ids,) = bu.encode_prompts(self.model, self.tokenizer, [prompt])
+        (shared,) = bu.encode_prompts(self.model, self.tokenizer, [prompt[:beginning].rstrip()])
+        shared = shared[: sum(a == b for a, b in zip(shared, ids[:-1]))]
+        with self.model.disable_adapter():
+            before = self._answer(ids, shared, "before")
+        return before, self._answer(ids, shared, "after")
+
+    @torch.inference_mode()
+    def _answer(self, ids, shared, when):
+        as_input = lambda tokens: torch.tensor([tokens], device=self.model.device)  # noqa: E731
+        if self.kept.get(when, (None,))[0] != shared:
+            self.kept[when] = shared, self.model(as_input(shared), use_cache=True).past_key_values
+        cache = self.kept[when][1]
+        rest = ids[len(shared) :]
+        logits = self.model(as_input(rest), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        cache.crop(-len(rest))
+        yes, no = logits[self.answers].double().tolist()
+        return 1 / (1 + np.exp(no - yes))
+
+
+class Playground(ipywidgets.VBox):
+    """The prompt of a user and a film, live: flip bits, drop likes, change film or notation, and P(Yes) follows.
+
+    model: an LLM with an adapter (`bu.load_adapter`); it is asked with the adapter off and on. Controls answer at once
+    and one thread asks the model, always for the newest state, so that nothing piles up; `wait()` waits for it.
+    """
+
+    def __init__(self, dataset, codes, model, tokenizer, row):
+        self.dataset, self.codes, self.reader, self.row = dataset, codes, Reader(model, tokenizer), row
+        self.code = codes.users[int(row.user.iloc[0])].copy()
+        (self.likes,) = bu.liked_before(dataset, row)
+        self.result, self.asked, self.todo, self.thread = None, 0, threading.Event(), None
+        self.film = ipywidgets.Combobox(
+            value=dataset.titles[int(row.item.iloc[0])],
+            options=dataset.titles,
+            description="film",
+            continuous_update=False,
+        )
+        self.notation = ipywidgets.Dropdown(options=list(bu.FORMATS), description="notation")
+        narrow = ipywidgets.Layout(width="30px", padding="0", margin="1px")
+        self.bits = [
+            ipywidgets.ToggleButton(
+                bool(bit), tooltip=f"flip bit {place} of the user", description=str(bit), layout=narrow
+            )
+            for place, bit in enumerate(self.code)
+        ]
+        self.shown = [ipywidgets.Checkbox(True, description=dataset.titles[i], indent=False) for i in self.likes]
+        self.view = ipywidgets.HTML()
+        for control in (self.film, self.notation, *self.bits, *self.shown):
+            control.observe(self._changed, "value")
+        rows = [
+            ipywidgets.HBox(part, layout=ipywidgets.Layout(flex_flow="row wrap")) for part in (self.bits, self.shown)
+        ]
+        super().__init__([ipywidgets.HBox([self.film, self.notation]), *rows, self.view])
+        self._changed()
+
+    def prompt(self):
+        """(template, values of its fields): what the prompt is made of now; raises ValueError for no such film."""
+        title = self.film.value.strip()
+        if title not in self.dataset.titles:
+            raise ValueError(f"no film is called {title[:60]!r}" if title else "type a part of a title and choose one")
+        film, write = self.codes.items[self.dataset.titles.index(title)], bu.FORMATS[self.notation.value]
+        likes = ", ".join(f'"{bu.shown_title(box.description)}"' for box in self.shown if box.value)
+        values = {"likes": likes or "none so far", "title": f'"{bu.shown_title(title)}"'}
+        values |= {"user": write(self.code), "item": write(film)}
+        self.similarity = float(bu.hamming_similarity(self.code, film))
+        return bu.TEMPLATES["text+codes"].replace(" \\n", "\n"), values
+
+    def _changed(self, _=None):
+        for place, bit in enumerate(self.bits):
+            self.code[place], bit.description = bit.value, str(int(bit.value))
+        self.asked += 1
+        try:
+            template, values = self.prompt()
+        except ValueError as error:
+            self.view.value = f'<p role="status">{html.escape(str(error))}</p>'
+            return
+        self._show(None)
+        beginning = len(template.split("{user}")[0].format(**values))
+        self.newest = self.asked, template.format(**values), beginning, self.similarity
+        self.todo.set()
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+
+    def _work(self):
+        """Ask the model for the newest state until nothing new has come for a while."""
+        while self.todo.wait(1.0):
+            self.todo.clear()
+            number, text, beginning, similarity = self.newest
+            try:
+                before, after = self.reader.ask(text, beginning)
+            except Exception as error:  # in a thread nobody would hear of it
+                self.view.value = f'<p role="status">the model gave no answer: {html.escape(str(error))}</p>'
+                continue
+            self.result = {"number": number, "before": before, "after": after, "similarity": similarity}
+            if number == self.asked:
+                self._show(self.result)
+
+    def wait(self, seconds=60):
+        """The newest result, a dict of P(Yes) before and after and the similarity; raises TimeoutError."""
+        for _ in range(int(20 * seconds)):
+            if self.result and self.result["number"] == self.asked:
+                return self.result
+            threading.Event().wait(0.05)
+        raise TimeoutError(f"no answer after {seconds} s")
+
+    def _show(self, result):
+        template, values = self.prompt()
+        colors = {"likes": "#009E73", "title": "#E69F00", "user": "#0072B2", "item": "#0072B2"}
+        marks = {
+            name: f'<mark style="background:{colors[name]}40;color:inherit">{html.escape(value)}</mark>'
+            for name, value in values.items()
+        }
+        marked = html.escape(template).replace("\n", "<br>").format(**marks)
+        lines = {"before tuning": result and result["before"], "after": result and result["after"]}
+        lines["Hamming similarity"] = result["similarity"] if result else self.similarity
+        bars = "".join(
+            f"<tr><td>{name}</td><td>{'… reading' if value is None else f'{value:.3f}'}</td><td>"
+            f'<div style="width:220px;border:1px solid"><div style="width:{220 * (value or 0):.0f}px;height:10px;'
+            f'background:{color}"></div></div></td></tr>'
+            for (name, value), color in zip(lines.items(), bu.COLORS)
+        )
+        self.view.value = f"<table>{bars}</table><p>{marked}</p>"
+
+
+def flip_path(dataset, codes, reader, row):
+    """P(Yes) while the user's bits come to agree with the film's, one after the other: DataFrame.
+
+    Columns similarity, before, after; bits + 1 lines, from none that agrees to all. `reader` is a `Reader`.
+    """
+    item = codes.items[int(row.item.iloc[0])]
+    users = np.array([np.where(np.arange(codes.bits) < n, item, 1 - item) for n in range(codes.bits + 1)])
+    prompts = [
+        bu.build_prompts(dataset, row, bu.Codes(np.tile(code, (len(codes.users), 1)), codes.items))[0] for code in users
+    ]
+    beginning = prompts[0].index(bu.to_bits(users[0]))
+    found = [reader.ask(prompt, beginning) for prompt in prompts]
+    similarity = bu.hamming_similarity(users, item)
+    return pd.DataFrame({"similarity": similarity} | dict(zip(("before", "after"), zip(*found))))

@@ -1,0 +1,117 @@
+"""Token lens and playground without a browser: what they show is what the functions of the walk give."""
+
+import re
+import threading
+
+import numpy as np
+import pytest
+from peft import LoraConfig, get_peft_model
+
+import binllm_utils as bu
+import binllm_widgets as bw
+
+HABITS = {"letters": list, "pairs": lambda text: re.findall("..?", text), "odd <b>": lambda text: [text]}
+
+
+def test_the_lens_shows_both_notations_and_every_tokenizers_cut():
+    lens = bw.TokenLens(HABITS)
+    for text, bits in (
+        ("01100101", "01100101"),
+        ("101", "01100101"),
+        ("101.9", "0110010100001001"),
+        (" 255 ", "11111111"),
+    ):
+        lens.text = text
+        assert bu.to_bits(lens.code) == bits and not lens.message
+        shown = lens.view.value
+        assert f"bits: {bits}" in shown and f"dotted: {bu.to_dotted(lens.code)}" in shown
+        assert shown.count(f"</span> {len(bits)}</td>") >= 1 and shown.count(f"</span> {len(bits) // 2}</td>") >= 1
+        assert "odd &lt;b&gt;" in shown and "<b>" not in shown
+    lens.text = "101"
+    numbers = re.findall(r"<td>(\d+) \(([+-]\d+)\)</td>", lens.view.value)
+    assert [int(n) for n, _ in numbers] == [101 ^ (128 >> bit) for bit in range(8)]
+    assert [int(step) for _, step in numbers] == [int(n) - 101 for n, _ in numbers]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "256", "0110", "1.2.3.x", "<script>alert(1)</script>", "012"])
+def test_what_is_no_code_is_said_in_the_lens(text):
+    lens = bw.TokenLens(HABITS)
+    before = lens.code
+    lens.text = text
+    assert lens.message and 'role="status"' in lens.view.value and "<script" not in lens.view.value
+    assert (lens.code == before).all()
+
+
+@pytest.fixture
+def play(toy, llm):
+    """(playground, its model, tokenizer): two layers with an adapter that says something else than they do."""
+    model = get_peft_model(llm[0], LoraConfig(**bu.LORA["all"] | {"init_lora_weights": False})).eval()
+    codes = bu.Codes(np.eye(20, 16, dtype=int), np.eye(30, 16, dtype=int))
+    row = toy.test[[len(liked) > 3 for liked in bu.liked_before(toy, toy.test)]].head(1)
+    return bw.Playground(toy, codes, model, llm[1], row), model, llm[1]
+
+
+def wanted(play, model, tokenizer):
+    """P(Yes) before and after by `bu.score` of the whole prompt."""
+    template, values = play.prompt()
+    prompt = template.format(**values)
+    with model.disable_adapter():
+        before = bu.score(model, tokenizer, [prompt], progress=False)[0]
+    return before, bu.score(model, tokenizer, [prompt], progress=False)[0], prompt
+
+
+def test_the_playground_says_what_score_says_after_any_change(play, toy):
+    play, model, tokenizer = play
+    rows = play.row
+    assert wanted(play, model, tokenizer)[2] == bu.build_prompts(toy, rows, play.codes, history="row")[0]
+    seen = []
+    for change in (
+        lambda: None,
+        lambda: setattr(play.bits[3], "value", not play.bits[3].value),
+        lambda: setattr(play.notation, "value", "dotted"),
+        lambda: setattr(play.shown[0], "value", False),
+        lambda: setattr(play.film, "value", toy.titles[7]),
+    ):
+        change()
+        got = play.wait()
+        before, after, prompt = wanted(play, model, tokenizer)
+        assert abs(got["before"] - before) < 1e-5 and abs(got["after"] - after) < 1e-5
+        seen.append((prompt, round(got["after"], 9)))
+        assert f"{got['after']:.3f}" in play.view.value and f"{got['similarity']:.3f}" in play.view.value
+    assert len(set(seen)) == 5 and abs(got["before"] - got["after"]) > 1e-4
+
+
+def test_the_beginning_is_read_once(play):
+    play, model, _ = play
+    play.wait()
+    read = []
+    model.register_forward_pre_hook(lambda _, given, named: read.append(given[0].shape[1]), with_kwargs=True)
+    whole = len(bu.encode_prompts(model, play.reader.tokenizer, [play.newest[1]])[0])
+    play.bits[0].value = not play.bits[0].value
+    play.wait()
+    assert len(read) == 2 and max(read) < 0.7 * whole  # once without and once with the adapter, endings only
+
+
+def test_changes_in_quick_succession_do_not_pile_up(play):
+    play, *_ = play
+    play.wait()
+    asked, real = [], play.reader.ask
+    play.reader.ask = lambda *given: (asked.append(given), threading.Event().wait(0.2), real(*given))[2]
+    for turn in range(31):
+        play.bits[turn % 16].value = not play.bits[turn % 16].value
+    newest = play.newest[1]
+    play.wait()
+    assert 1 <= len(asked) <= 6 and asked[-1][0] == newest
+
+
+@pytest.mark.parametrize("title", ["", "no such film", "<img src=x onerror=alert(1)>"])
+def test_a_film_that_is_none_is_said_in_the_playground(play, title):
+    play, *_ = play
+    play.film.value = title
+    assert 'role="status"' in play.view.value and "<img" not in play.view.value
+
+
+def test_the_path_of_flips_goes_from_none_to_all(play, toy):
+    play, *_ = play
+    path = bw.flip_path(toy, play.codes, play.reader, play.row)
+    assert path.similarity.tolist() == [n / 16 for n in range(17)] and path.after.nunique() > 5
