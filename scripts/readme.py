@@ -104,8 +104,9 @@ def results_page(folder):
     parts += [
         "± is the standard deviation over seeds; intervals are over users (bootstrap), with several seeds their mean."
     ]
-    for (split, size, profile), rows in metrics.groupby(["split", "rows", "profile"], sort=False):
-        parts += [f"## {size:,} {split} rows, profile {profile}", results_table(rows)]
+    for (data, split, size, profile), rows in metrics.groupby(["dataset", "split", "rows", "profile"], sort=False):
+        learned = ", learned from the whole past" if data == "ml-1m-past" else ""
+        parts += [f"## {size:,} {split} rows, profile {profile}{learned}", results_table(rows)]
         parts += [f"Made on {' and '.join(sorted(set(rows.hardware)))}; {rows.users.iloc[0]} users count for UAUC."]
     drills = folder / "drills.csv"
     if drills.exists():
@@ -150,7 +151,7 @@ def bench_table(bench):
 
 def readme_table(metrics):
     """At most README_ROWS rows, all measured on the same rows: the whole test split."""
-    test = metrics[metrics.split == "test"]
+    test = metrics[(metrics.split == "test") & (metrics.dataset == "ml-1m")]
     whole = test[test.rows == test.rows.max()]
     keys = [("popularity", ""), ("mf", "paper"), ("codes", "reference"), ("codes", "ste"), *list(METHODS)[-4:]]
     keep = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)

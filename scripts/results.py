@@ -1,7 +1,8 @@
 """Make what data/results holds, and keep every single answer; goes on where it was stopped.
 
 python scripts/results.py                        all that is missing
-python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for another seed
+python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for another seed, "past: codes ste 32" for
+                                                 codes learned from all that was rated before valid
 
 Without a GPU the profile is `patient`: 1,024 tuning rows and all test rows, an hour a run on two slow cores; with one
 it is `full`, the whole training split. BINLLM_PROFILE chooses another.
@@ -16,7 +17,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def without_llm(name, dataset, profile, seeds=5):
     about, way = collaborative(dataset, profile)[name]
     path = records.results_folder(profile) / "metrics.csv"
     for seed in range(seeds) if about["model"] != "popularity" else (None,):
-        row = about | {"seed": seed, "profile": profile.name, "rows": len(dataset.test)}
+        row = about | {"seed": seed, "profile": profile.name, "rows": len(dataset.test), "dataset": dataset.name}
         if records.has_row(path, row):
             continue
         scores, seconds = way(seed)
@@ -216,7 +217,7 @@ def answer(name, seed, dataset, profile):
     codes = bu.cached_codes(dataset, 32, seed)
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
-    folder = records.results_folder(profile)
+    folder = kept_in(profile, dataset)
     rows = {"valid": bu.sample_rows(dataset.valid, 1000, seed=1), "test": dataset.test}
     if profile.eval_rows < len(dataset.test):
         rows = {"valid": rows["valid"].head(20), "test": bu.sample_rows(dataset.test, profile.eval_rows)}
@@ -253,6 +254,12 @@ def answer(name, seed, dataset, profile):
     print(f"{title}: {count:,} prompts in {seconds:.0f} s", flush=True)
 
 
+def kept_in(profile, dataset):
+    """Where answers and runs of a data set are kept: those of the paper's split beside metrics.csv, others below it."""
+    folder = records.results_folder(profile)
+    return folder if dataset.name == "ml-1m" else folder / dataset.name
+
+
 def score_in_parts(model, tokenizer, prompts, key, size=1000):
     """(`bu.score`, seconds), some prompts at a time; each is kept until the run is recorded, so it can be cut short."""
     scores, seconds = [], 0.0
@@ -282,16 +289,18 @@ def main(wanted):
     bu.quiet()
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
-    profile, dataset = bu.current_profile(), bu.load_ml1m()
-    runs = {name: partial(without_llm, name) for name in collaborative(dataset, profile)}
-    runs |= {name: partial(answer, name, 0) for name in RUNS}
-    runs |= {f"{name}, seed {seed}": partial(answer, name, seed) for seed in (1, 2) for name in RUNS}
+    profile, past = bu.current_profile(), lru_cache(partial(bu.load_ml1m, past="all"))
+    dataset = bu.load_ml1m()
+    runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
+    runs |= {f"past: {name}": lambda profile, name=name: without_llm(name, past(), profile) for name in runs}
+    runs |= {name: partial(answer, name, 0, dataset) for name in RUNS}
+    runs |= {f"{name}, seed {seed}": partial(answer, name, seed, dataset) for seed in (1, 2) for name in RUNS}
     unknown = set(wanted) - set(runs)
     if unknown:
         sys.exit(f"there is no run {unknown.pop()!r}; choose from {', '.join(runs)}")
     usual = [name for name in runs if torch.cuda.is_available() or ", seed" not in name]
     for name in wanted or usual:
-        runs[name](dataset=dataset, profile=profile)
+        runs[name](profile=profile)
 
 
 if __name__ == "__main__":

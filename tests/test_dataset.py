@@ -36,26 +36,63 @@ def test_popularity_gives_the_known_anchor(ml1m):
     assert bu.uauc(ml1m.test.user, ml1m.test.label, scores)[0] == pytest.approx(0.6816, abs=5e-5)
 
 
-def test_official_archive_gives_the_same_dataset(ml1m, tmp_path, monkeypatch):
-    """Rewrite the registry's ratings in the official files' format and order, and load those."""
-    ratings = binllm_data._read_ml1m(bu.fetch(bu.ML1M_OFFICIAL, bu.ML1M_REGISTRY))
-    month = pd.to_datetime(ratings.timestamp, unit="s").dt.to_period("M")
-    ratings = ratings[month.between("2001-06", "2003-01") | (ratings.timestamp == ratings.timestamp.min())].copy()
-    ratings["movie"] = pd.factorize(ratings.title)[0] + 1
+def as_official(ratings, path):
+    """Write ratings, as `_read_ml1m` gives them, in the official files' format and in random order."""
+    ratings = ratings.assign(movie=pd.factorize(ratings.title)[0] + 1)
     ratings = ratings.sample(frac=1, random_state=0)  # the order of equal times must not matter
     lines = ratings[["user", "movie", "rating", "timestamp"]].astype(str).agg("::".join, axis=1)
     movies = ratings.drop_duplicates("movie")
-    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
+    lists = [f"{m}::{t}::{'|'.join(g)}" for m, t, g in zip(movies.movie, movies.title, movies.genres)]
+    with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("ml-1m/ratings.dat", "\n".join(lines) + "\n")
-        text = (
-            "\n".join(f"{m}::{t}::{'|'.join(g)}" for m, t, g in zip(movies.movie, movies.title, movies.genres)) + "\n"
-        )
-        archive.writestr("ml-1m/movies.dat", text.encode("latin-1"))
-    monkeypatch.setattr(binllm_data, "fetch", lambda *sources, cache=None: tmp_path / "ml-1m.zip")
+        archive.writestr("ml-1m/movies.dat", ("\n".join(lists) + "\n").encode("latin-1"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ratings():
+    return binllm_data._read_ml1m(bu.fetch(bu.ML1M_OFFICIAL, bu.ML1M_REGISTRY))
+
+
+def test_official_archive_gives_the_same_dataset(ml1m, ratings, tmp_path, monkeypatch):
+    """Rewrite the registry's ratings in the official files' format and order, and load those."""
+    month = pd.to_datetime(ratings.timestamp, unit="s").dt.to_period("M")
+    some = ratings[month.between("2001-06", "2003-01") | (ratings.timestamp == ratings.timestamp.min())]
+    path = as_official(some, tmp_path / "ml-1m.zip")
+    monkeypatch.setattr(binllm_data, "fetch", lambda *sources, cache=None: path)
     official = bu.load_ml1m()
     assert official.titles == ml1m.titles and official.tags == ml1m.tags
     for split in bu.SPLITS:
         pd.testing.assert_frame_equal(getattr(official, split), getattr(ml1m, split))
+
+
+def test_the_whole_past_leaves_valid_and_test_as_they_are(ml1m):
+    past = bu.load_ml1m(past="all")
+    for split in ("valid", "test"):
+        pd.testing.assert_frame_equal(getattr(past, split), getattr(ml1m, split))
+    assert len(past.train) == 980_981 and past.train.timestamp.max() == ml1m.train.timestamp.max()
+    assert past.titles[: ml1m.n_items] == ml1m.titles and past.tags[: ml1m.n_items] == ml1m.tags
+    assert past.n_users > ml1m.n_users and past.n_items > ml1m.n_items and past.name == "ml-1m-past"
+    both = past.train.merge(ml1m.train, on=["user", "item", "label", "timestamp"])
+    assert len(both) == len(ml1m.train)  # the paper's train is a part of it, under the same ids
+    with pytest.raises(ValueError, match="past is 'most'; choose 'split', the paper's, or 'all'"):
+        bu.load_ml1m(past="most")
+
+
+def test_nothing_later_than_the_train_months_reaches_what_learns(ratings, tmp_path, monkeypatch):
+    """With every rating of valid and test turned round, train, features and codes stay what they are."""
+    time = pd.to_datetime(ratings.timestamp, unit="s").dt.to_period("M")
+    some = ratings[time.between("2001-01", "2003-01") | (ratings.timestamp == ratings.timestamp.min())]
+    later = time[some.index] > "2002-03"
+    assert 0.2 < later.mean() < 0.9
+    found = []
+    for turned in (some, some.assign(rating=some.rating.where(~later, 6 - some.rating))):
+        path = as_official(turned, tmp_path / "ml-1m.zip")
+        monkeypatch.setattr(binllm_data, "fetch", lambda *sources, cache=None, path=path: path)
+        found.append(bu.load_ml1m(past="all"))
+    pd.testing.assert_frame_equal(found[0].train, found[1].train)
+    assert not found[0].test.label.equals(found[1].test.label)
+    assert (bu.item_features(found[0]) == bu.item_features(found[1])).all()
 
 
 def test_tags_are_genres_and_five_years(ml1m):

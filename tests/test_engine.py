@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import binllm_llm
 import binllm_utils as bu
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,6 +92,32 @@ def test_scores_are_the_models_own(name):
     assert np.ptp(plain) > 1e-2  # else the comparison says nothing
     for tokens in (40, 150, None):
         assert np.abs(bu.score(model, Letters(), prompts, tokens=tokens, progress=False) - plain).max() < 1e-5
+
+
+def test_a_composite_models_text_part_is_asked():
+    """Gemma-3 with eyes: its config has no window or layers of its own, those of the text stand in a part of it."""
+    text = FEED | {"head_dim": 8, "sliding_window": 8, "num_hidden_layers": 3}
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=eyes | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    assert not bu.can_pack(model) and not hasattr(config, "max_position_embeddings")
+    prompts = prompts_of()
+    for p in model.parameters():
+        p.data.normal_(0, 0.2)
+    scores = bu.score(model, Letters(), prompts, progress=False)
+    assert np.abs(scores - plainly(model, prompts)).max() < 1e-5 and np.ptp(scores) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mask_is_in_the_models_precision_not_the_machines(dtype, monkeypatch):
+    """As on a GPU, whose precision is half: a float32 model there and a half one here are asked all the same."""
+    model, prompts = tiny("llama", FEED), prompts_of()
+    plain = plainly(model, prompts)
+    monkeypatch.setattr(binllm_llm, "compute_dtype", lambda: dtype)
+    assert np.abs(bu.score(model, Letters(), prompts, progress=False) - plain).max() < 1e-5
+    monkeypatch.undo()
+    assert np.abs(bu.score(model.to(dtype), Letters(), prompts, progress=False) - plain).max() < 0.2
 
 
 def test_an_empty_prompt_is_named():

@@ -1,5 +1,7 @@
 """Records: rows replace what they repeat, foreign files are kept, and the README says what the records say."""
 
+import subprocess
+
 import pandas as pd
 import pytest
 import readme
@@ -75,6 +77,36 @@ def test_the_readme_is_short_and_its_table_too():
         len([word for word in text.split() if any(map(str.isalnum, word))]) < 1200
         and 3 < table.count("\n") - 2 <= 2 + readme.README_ROWS
     )
+
+
+def test_what_the_readme_says_in_a_sentence_is_in_the_records():
+    """ "32 bits alone … rank as well as the paper prints for its whole system": each of five seeds, both measures."""
+    metrics = pd.read_csv(bu.ROOT / "data/results/metrics.csv")
+    ours = metrics[(metrics.variant == "ste") & (metrics.bits == 32) & (metrics.dataset == "ml-1m")]
+    printed = pd.read_csv(bu.ROOT / "data/published.csv").query("source == 'paper' and run == 'two_step'")
+    assert len(ours) == 5 and len(printed)
+    assert ours.auc.min() >= printed.auc.min() and ours.uauc.min() >= printed.uauc.min()
+    assert "rank as well as the paper prints" in (bu.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_making_notebooks_changes_no_tracked_file(tmp_path, monkeypatch):
+    """The whole of `make run`, on a copy of the repository with one short notebook."""
+    nbformat = pytest.importorskip("nbformat")
+    root = tmp_path / "copy"
+    (root / "notebooks").mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell("print(6 * 7)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), root / "notebooks/00_short.ipynb")
+    (root / ".gitignore").write_text("executed/\n")
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", root, *command], check=True)
+    monkeypatch.setattr(run, "ROOT", root)
+    monkeypatch.setattr(bu, "OUTPUT", root / "executed")
+    monkeypatch.setattr(bu, "load_llm", lambda *_, **__: None)
+    run.main([], release=False)
+    done = nbformat.read(root / "executed/notebooks/00_short.ipynb", as_version=4)
+    assert done.cells[0].outputs[0].text == "42\n"
+    status = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    assert status.stdout == ""
 
 
 def test_a_table_holds_what_the_record_says():

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import records
 import results
+from conftest import make_dataset, make_rows
 
 import binllm_utils as bu
 
@@ -25,7 +26,7 @@ def small(toy, toy_codes, tmp_path, monkeypatch):
         return real(model, tokenizer, prompts, labels, **options)
 
     monkeypatch.setattr(bu, "tune", noted)
-    return toy, codes, tuned, tmp_path / "results"
+    return toy, codes, tuned, tmp_path / "results" / "toy"
 
 
 def test_a_run_is_made_once_and_again_when_its_codes_change(small):
@@ -33,7 +34,7 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(small):
     for _ in range(2):
         results.answer("codes_only", 0, toy, SMOKE)
     assert len(tuned) == 1 and tuned[0][1]["lora"] == "all"
-    table = pd.read_csv(folder / "metrics.csv")
+    table = pd.read_csv(folder.parent / "metrics.csv")
     assert table.split.tolist() == ["valid", "test"] and table.variant.tolist() == ["codes_only"] * 2
     answers = records.read_answers(folder / "answers-smoke-test.parquet")
     assert answers.codes_only.between(0, 1).all() and len(answers) == SMOKE.eval_rows
@@ -46,6 +47,24 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(small):
     assert len(tuned) == 3
     answers = records.read_answers(folder / "answers-smoke-test.parquet")
     assert set(answers) == {"codes_only", "text"}
+
+
+def test_another_data_set_takes_no_place_of_the_firsts(small, toy):
+    """Answers, runs, adapters and parts of runs; also where it has as many test rows, or the same name."""
+    _, _, tuned, folder = small
+    other = make_dataset(test=toy.test.sample(frac=1, random_state=0).reset_index(drop=True), name="other")
+    same_name = make_dataset(train=make_rows(7, 400))
+    for data in (toy, other, toy, same_name, toy):
+        results.answer("codes_only", 0, data, SMOKE)
+    assert len(tuned) == 3 or len(tuned) == 4  # toy; other; its namesake; toy again where that took its row
+    for data in (toy, other):
+        place = folder.parent / data.name
+        answers = records.read_answers(place / "answers-smoke-test.parquet").codes_only
+        assert set(pd.read_csv(place / "runs.csv").run) == {"codes_only"} and len(answers) == SMOKE.eval_rows
+    made = {
+        results.card_of(data, None, SMOKE, results.Run("text"), results.TEXT, 0)["rows"] for data in (toy, same_name)
+    }
+    assert len(made) == 2
 
 
 def test_two_steps_begin_with_the_first_one_tuned_before(small):

@@ -115,3 +115,26 @@ def test_the_path_of_flips_goes_from_none_to_all(play, toy):
     play, *_ = play
     path = bw.flip_path(toy, play.codes, play.reader, play.row)
     assert path.similarity.tolist() == [n / 16 for n in range(17)] and path.after.nunique() > 5
+
+
+def test_results_side_by_side_are_those_of_the_paired_test(toy):
+    rng = np.random.default_rng(0)
+    rows = toy.test
+    scores = {"chance": rng.random(100), "truth": rows.label + rng.random(100) / 2, "constant": np.zeros(100)}
+    groups = bw.usual_groups(toy, rows) | {"likes only": rows.label.to_numpy() == 1, "nothing": np.zeros(100, bool)}
+    explorer = bw.ResultExplorer(rows, scores, groups, lambda row: f"<b>row {row.index[0]}</b>")
+    assert explorer.difference.equals(
+        bu.paired_test(rows.user, rows.label, scores["chance"], scores["truth"], draws=200)
+    )
+    explorer.group.value = "films seen 1 to 19 times"
+    mine = rows.item.map(toy.train.item.value_counts()).fillna(0).between(1, 19).to_numpy()
+    assert 0 < mine.sum() < 100 and f"{mine.sum()} rows" in explorer.view.value
+    ranks = scores["chance"][mine].argsort().argsort()
+    widest = explorer.disagreement.iloc[0]
+    gap = np.abs(explorer.disagreement.rank_a - explorer.disagreement.rank_b)
+    assert gap.is_monotonic_decreasing and gap.iloc[0] > 0.5
+    assert widest.rank_a == (ranks[rows[mine].index.get_loc(widest.name)] + 1) / mine.sum()
+    assert "&lt;b&gt;row" in explorer.view.value and "<b>row" not in explorer.view.value
+    for group in ("likes only", "nothing"):
+        explorer.group.value = group
+        assert explorer.difference is None and "no difference can be told" in explorer.view.value

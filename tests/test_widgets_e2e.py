@@ -1,4 +1,4 @@
-"""The bit explorers of notebook 02 in a real JupyterLab and a real browser (about half a minute).
+"""The widgets of notebooks 02 to 05 in a real JupyterLab and a real browser (about two minutes).
 
 Skipped where no Chromium is installed: `apt-get install chromium`, or set CHROMIUM to its path.
 """
@@ -35,8 +35,9 @@ def lab(tmp_path_factory):
     """(url, token) of a JupyterLab with a configuration of its own, on a copy of the notebooks."""
     home, root = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("root")
     shutil.copytree(bu.ROOT / "notebooks", root / "notebooks")
-    shutil.copytree(bu.ROOT / "data" / "codes", root / "data" / "codes")
-    shutil.copytree(bu.ROOT / "explorer", root / "explorer")
+    for part in ("explorer", "data/codes", "data/results", "data/adapters"):
+        shutil.copytree(bu.ROOT / part, root / part)
+    shutil.copy(bu.ROOT / "data" / "published.csv", root / "data")
     for module in bu.ROOT.glob("binllm_*.py"):
         shutil.copy(module, root)
     with socket.socket() as free:
@@ -76,25 +77,35 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(lab):
-    """Notebook 02 on a page, every cell run."""
+def opened(lab):
+    """A function: the name of a notebook -> a page with it, every cell run."""
     url, token = lab
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": 1400, "height": 1100})
-        page.goto(f"{url}/doc/tree/notebooks/02_bit_codes_and_hamming.ipynb?token={token}&reset")
-        page.wait_for_selector(".jp-Notebook", timeout=60_000)
-        page.wait_for_function(KERNEL_READY, timeout=60_000)  # the toolbar says "idle" before there is a kernel
-        page.evaluate(RUN_ALL)
-        page.wait_for_function("() => window.ranOk !== undefined", timeout=180_000)
-        assert page.evaluate("() => window.ranOk"), "a cell raised"
-        page.locator(".widget-html caption").scroll_into_view_if_needed()
-        sync_api.expect(page.locator(".widget-html caption")).to_be_visible()
-        yield page
-        if os.environ.get("SCREENSHOT"):
-            page.screenshot(path=os.environ["SCREENSHOT"])
+
+        def notebook(name, width=1400):
+            page = browser.new_page(viewport={"width": width, "height": 1100})
+            page.goto(f"{url}/doc/tree/notebooks/{name}.ipynb?token={token}&reset")
+            page.wait_for_selector(".jp-Notebook", timeout=60_000)
+            page.wait_for_function(KERNEL_READY, timeout=60_000)  # the toolbar says "idle" before there is a kernel
+            page.evaluate(RUN_ALL)
+            page.wait_for_function("() => window.ranOk !== undefined", timeout=300_000)
+            assert page.evaluate("() => window.ranOk"), "a cell raised"
+            return page
+
+        yield notebook
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(opened):
+    page = opened("02_bit_codes_and_hamming")
+    page.locator(".widget-html caption").scroll_into_view_if_needed()
+    sync_api.expect(page.locator(".widget-html caption")).to_be_visible()
+    yield page
+    if os.environ.get("SCREENSHOT"):
+        page.screenshot(path=os.environ["SCREENSHOT"])
 
 
 def agreeing(page):
@@ -164,3 +175,50 @@ def test_the_whole_explorer_and_python_share_one_state(page):
     page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.shutdown()")
     whole.get_by_role("button", name="reset").click()
     sync_api.expect(whole.locator(".bx-flipped")).to_have_count(0)
+
+
+def test_the_token_lens_follows_what_is_typed(opened):
+    page = opened("03_ipv4_compression")
+    box, view = page.locator(".widget-text input").last, page.locator(".widget-html-content").last
+    box.scroll_into_view_if_needed()
+    box.fill("101")
+    sync_api.expect(view).to_contain_text("bits: 01100101")
+    numbers = [str(101 ^ (128 >> bit)) for bit in range(8)]
+    assert [text.split()[0] for text in view.locator("table").last.locator("td").all_text_contents()] == numbers
+    box.fill("256")
+    sync_api.expect(view.get_by_role("status")).to_contain_text("each part must be a number from 0 to 255")
+    box.fill("0" * 16)
+    sync_api.expect(view).to_contain_text("dotted: 0.0")
+    page.close()
+
+
+def test_the_playground_asks_the_model_for_what_is_shown(opened):
+    page = opened("04_qlora_tuning")
+    view = page.locator(".widget-html-content").last
+    bits = page.locator(".widget-toggle-button")
+    bits.first.scroll_into_view_if_needed()
+    sync_api.expect(view).not_to_contain_text("reading", timeout=30_000)
+    for act in (lambda: bits.nth(4).click(), lambda: page.locator("select").last.select_option("dotted")):
+        began = time.perf_counter()
+        act()
+        sync_api.expect(view.locator("td").nth(1)).to_have_text("… reading")
+        sync_api.expect(view).not_to_contain_text("reading", timeout=30_000)
+        assert time.perf_counter() - began < 10
+        asked = (
+            "t, v = play.prompt(); print(bu.score(play.reader.model, tokenizer, [t.format(**v)], progress=False)[0])"
+        )
+        assert abs(float(view.locator("td").nth(4).text_content()) - float(page.evaluate(ASK, asked))) < 1e-3
+    page.close()
+
+
+def test_results_are_compared_on_the_rows_chosen(opened, ml1m):
+    page = opened("05_evaluation", width=800)
+    view, choices = page.locator(".widget-html-content").last, page.locator(".widget-dropdown select")
+    choices.last.scroll_into_view_if_needed()
+    sync_api.expect(view).to_contain_text("7,331 rows of 320 users")
+    choices.last.select_option("users never seen in training")
+    cold = ml1m.test[~ml1m.test.user.isin(ml1m.train.user)]
+    sync_api.expect(view).to_contain_text(f"{len(cold):,} rows of {cold.user.nunique()} users")
+    view.locator("details summary").first.click()
+    sync_api.expect(view.locator("details").first).to_contain_text("#Answer:")
+    page.close()
