@@ -1,0 +1,333 @@
+"""Files of one's own: whatever people have is read, or one sentence names file and line; every repair is counted."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import case, make_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from test_drill import cases, spoiled
+
+import binllm_own as bo
+import binllm_utils as bu
+
+HEADER = "user,item,rating,timestamp,title\n"
+LINES = ["7,30,5,978300760,Film A", "7,4,3,978302109,Film B", "12,30,4,978301968,Film A", "12,5,1,978300275,Film C"]
+TEXT = HEADER + "\n".join(LINES) + "\n"
+
+
+def write(tmp_path, content, name="ratings.csv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return path
+
+
+def rows_of(read):
+    """(user as written, item as written, value, time) of each row, sorted."""
+    r = read.rows
+    return sorted((read.users[u], read.items[i], float(v), int(t)) for u, i, v, t in r.itertuples(index=False))
+
+
+WANTED = [
+    ("12", "30", 4.0, 978301968),
+    ("12", "5", 1.0, 978300275),
+    ("7", "30", 5.0, 978300760),
+    ("7", "4", 3.0, 978302109),
+]
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|", "::"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_any_separator_and_line_end(tmp_path, separator, ending):
+    read = bo.read_interactions(write(tmp_path, TEXT.replace(",", separator).replace("\n", ending), "r.txt"))
+    assert rows_of(read) == WANTED
+    assert (
+        read.users == ["7", "12"] and read.items == ["4", "5", "30"] and read.titles == ["Film B", "Film C", "Film A"]
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_any_encoding(tmp_path, encoding):
+    read = bo.read_interactions(write(tmp_path, TEXT.replace("Film A", "Amélie"), encoding=encoding))
+    assert rows_of(read) == WANTED and "Amélie" in read.titles
+    assert ("not UTF-8, read as Windows-1252" in read.report) == (encoding == "cp1252")
+
+
+def test_parquet_and_json_lines_give_the_same(tmp_path):
+    table = pd.read_csv(write(tmp_path, TEXT))
+    table.to_parquet(tmp_path / "r.parquet")
+    table.to_json(tmp_path / "r.jsonl", orient="records", lines=True)
+    table.assign(timestamp=pd.to_datetime(table.timestamp, unit="s")).to_parquet(tmp_path / "dates.parquet")
+    for name in ("r.parquet", "r.jsonl", "dates.parquet"):
+        assert rows_of(bo.read_interactions(tmp_path / name)) == WANTED, name
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "name"),
+    [
+        ("userId,movieId,rating,timestamp", "1,2,4.0,964982703", "MovieLens"),
+        ("user_id:token\titem_id:token\trating:float\ttimestamp:float", "1\t2\t4\t964982703", "RecBole"),
+        ('"User-ID";"ISBN";"Book-Rating"', '"1";"2";"4"', "Book-Crossing"),
+        ("reviewerID,asin,overall,unixReviewTime", "1,2,4.0,964982703", "Amazon 2018"),
+        ("rating,title,asin,parent_asin,user_id,timestamp", "4.0,good,9,2,1,964982703000", "Amazon 2023"),
+        ("1,2,4,964982703", "1,2,4,964982703", "without a header"),
+    ],
+)
+def test_exports_that_people_have_are_recognised(tmp_path, header, line, name):
+    path = write(tmp_path, f"{header}\n{line}\n", "x.csv")
+    columns = {"item": "parent_asin"} if name == "Amazon 2023" else None
+    read = bo.read_interactions(path, columns)
+    time = -1 if name == "Book-Crossing" or len(read.rows) == 1 else 964982703
+    assert rows_of(read) == [("1", "2", 4.0, time)]
+
+
+def test_exports_of_one_person(tmp_path):
+    goodreads = "Book Id,Title,Author,My Rating,Average Rating,Date Read\n"
+    goodreads += '1,"A, B",X,5,3.9,2020/01/02\n2,C,Y,0,4,2020/02/03\n3,D,Y,3,4,2021/03/04\n'
+    read = bo.read_interactions(write(tmp_path, goodreads))
+    assert read.users == ["me"] and read.titles == ["A, B", "D"] and read.rows.value.tolist() == [5, 3]
+    letterboxd = "Date,Name,Year,Letterboxd URI,Rating\n2020-01-02,Dune,2021,https://boxd.it/a,4.5\n"
+    letterboxd += "2020-01-03,Heat,1995,https://boxd.it/b,0.5\n"
+    read = bo.read_interactions(write(tmp_path, letterboxd))
+    assert read.titles == ["Dune", "Heat"] and read.rows.value.tolist() == [4.5, 0.5]
+    assert read.rows.time.diff().iloc[1] == 86_400
+
+
+@pytest.mark.parametrize(
+    ("cells", "values", "repair"),
+    [
+        (["4,5", "3,0", "2"], [4.5, 3, 2], "ratings with a decimal comma"),
+        (["★★★½", "½", "★"], [3.5, 0.5, 1], "ratings written in stars"),
+        (["yes", "No", "TRUE"], [1, 0, 1], "ratings written as words"),
+        (["4.5", " 3 ", "1e0"], [4.5, 3, 1], None),
+    ],
+)
+def test_ratings_as_people_write_them(tmp_path, cells, values, repair):
+    lines = "".join(f"{n};x;{cell}\n" for n, cell in enumerate(cells))
+    read = bo.read_interactions(write(tmp_path, "user;item;rating\n" + lines))
+    assert read.rows.value.tolist() == values
+    assert repair is None or read.report[repair] > 0
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ["978300760", "978302109"],
+        ["978300760000", "978302109000"],
+        ["978300760000000000", "978302109000000000"],
+        ["978300760.0", "978302109.0"],
+        ["2000-12-31 22:12:40", "2000-12-31 22:35:09"],
+        ["2000-12-31T22:12:40Z", "2000-12-31T22:35:09Z"],
+        ["2000-12-31T23:12:40+01:00", "2000-12-31T23:35:09+01:00"],
+        ["31/12/2000 22:12:40", "31/12/2000 22:35:09"],
+        ["12/31/2000 22:12:40", "12/31/2000 22:35:09"],
+        ["31.12.2000 22:12:40", "31.12.2000 22:35:09"],
+    ],
+)
+def test_times_in_any_unit_and_dates_in_any_order(tmp_path, stamps):
+    lines = "".join(f"{n},x,4,{stamp}\n" for n, stamp in enumerate(stamps))
+    read = bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + lines))
+    assert read.rows.time.tolist() == [978300760, 978302109]
+
+
+def test_dates_that_may_mean_two_days_are_asked_about(tmp_path):
+    path = write(tmp_path, "user,item,rating,date\n1,2,3,03/04/2020\n2,2,3,05/06/2020\n")
+    with pytest.raises(
+        ValueError, match=r"ratings\.csv, line 2: '03/04/2020' may begin with the day or with the month"
+    ):
+        bo.read_interactions(path)
+    days = [bo.read_interactions(path, dayfirst=first).rows.time.iloc[0] for first in (True, False)]
+    assert days == [pd.Timestamp("2020-04-03").timestamp(), pd.Timestamp("2020-03-04").timestamp()]
+
+
+def test_ids_stay_what_they_are(tmp_path):
+    read = bo.read_interactions(write(tmp_path, "user,item,rating\n007,a b,4\n7,\U0001f3ac,5\n 7 ,A b,1\n"))
+    assert read.users == ["007", "7"] and read.items == ["A b", "a b", "\U0001f3ac"]
+
+
+def test_what_is_repaired_is_counted(tmp_path):
+    more = [
+        "7,30,2,978300760,Film A",
+        ",30,2,1,x",
+        "8,,2,1,x",
+        "8,30,,1,x",
+        "9,30,4,,x",
+        "9,6,4,978300999,Tom &amp; Jerry",
+    ]
+    read = bo.read_interactions(write(tmp_path, TEXT + "\n".join(more) + "\n"))
+    assert read.report["rows without user, item or rating, left out"] == 3
+    assert read.report["same user, item and time, all but the last left out"] == 1
+    assert read.report["rows without a time, left out"] == 1
+    assert read.report["rows"] == 5 == len(read.rows) and "Tom & Jerry" in read.titles
+    assert ("7", "30", 2.0, 978300760) in rows_of(read)  # the last of the two
+    assert "rows" in read.table.index
+
+
+def test_titles_come_from_a_second_file(tmp_path):
+    ratings = write(tmp_path, "user,item,rating\n1,10,4\n2,11,5\n3,12,1\n")
+    titles = write(tmp_path, "movieId::title::genres\n10::Heat (1995)::Action\n11::Heat (1995)::Drama\n", "movies.dat")
+    read = bo.read_interactions(ratings, titles=titles)
+    assert read.titles == ["Heat (1995)", "Heat (1995)", "12"]
+    assert read.report["items without a title, shown by their id"] == 1
+    assert read.report["titles that several items have"] == 1
+    with pytest.raises(ValueError, match="no columns of items and titles among 'user', 'item', 'rating'"):
+        bo.read_interactions(ratings, titles=ratings)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"PK\x03\x04rest", "is a ZIP archive; unpack it"),
+        (b"\x1f\x8brest", "is compressed by gzip; unpack it"),
+        (b"\x89PNG\r\n\x1a\n", "is a picture"),
+        (b"PAR1 no PAR1", "not a Parquet file that can be read"),
+        (b"a\0b,c\n", "is not text: there are zero bytes"),
+        (b"just words\nand more\n", "no comma, tab, semicolon, bar or :: parts its lines"),
+        (b"user,item\n1,2\n", "no column of ratings or labels among 'user', 'item'; say columns="),
+        (b"user,rating\n1,2\n", "no column of items among"),
+        (b"1,2\n3,4\n", "no header line, and 2 columns; write their names into line 1"),
+        (b"user,item,rating,item\n1,2,3,4\n", "line 1: the column 'item' is there twice"),
+        (b"user,item,rating\n1,2,good\n", "line 2: the rating is 'good'; give a number"),
+        (b"user,item,rating\n1,2,3\n1,2,inf\n", "line 3: the rating is infinite"),
+        (b"user,item,rating,time\n1,2,3,yesterday\n", "line 2: the time is 'yesterday'; give a date or seconds"),
+        (b'user,item,rating\n1,"2,3\n4,5,6\n', "is a quotation mark left open, or a line broken"),
+        (b"user,item,rating\n1,2,3\n1,2,3,4,5\n", "is a quotation mark left open, or a line broken"),
+        (b"user,item,rating\n,,\n", "no row has a user, an item and a rating"),
+        (b'{"user": 1, "item"\n', "line 1: not JSON"),
+        (b'{"user": 1, "item": 2, "rating": 3}\n{"user"\n', "ratings.csv: "),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, content, said):
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError, match=said.replace(".", r"\.").replace("?", r"\?")) as caught:
+        bo.read_interactions(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_changes_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="is not there; give the path of a file"):
+        bo.read_interactions(tmp_path / "none.csv")
+    path, real = write(tmp_path, TEXT), bo._Reading.take
+
+    def meanwhile(self, *given):
+        real(self, *given)
+        path.write_text(TEXT + "9,9,9,9,x\n")
+
+    monkeypatch.setattr(bo._Reading, "take", meanwhile)
+    with pytest.raises(ValueError, match=r"ratings\.csv was changed while it was read"):
+        bo.read_interactions(path)
+
+
+def test_other_columns_can_be_asked_for(tmp_path):
+    path = write(tmp_path, "user,who,item,rating,like\n1,a,2,5,0\n1,b,2,4,1\n")
+    read = bo.read_interactions(path, {"user": "who", "rating": "like"})
+    assert read.users == ["a", "b"] and read.rows.value.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="columns: 'user': 'whom'; roles are user, item"):
+        bo.read_interactions(path, {"user": "whom"})
+
+
+def as_csv(tmp_path, rows):
+    rows = rows.assign(rating=1 + 4 * rows.label)
+    rows[["user", "item", "rating", "timestamp"]].to_csv(tmp_path / "r.csv", index=False)
+    return tmp_path / "r.csv"
+
+
+def test_the_split_goes_by_time(tmp_path):
+    rows = make_rows(0, 400).assign(timestamp=lambda r: r.timestamp // 700 * 700 + 10**9)  # many at the same moment
+    data = bo.read_interactions(as_csv(tmp_path, rows)).split()
+    sizes = {split: len(getattr(data, split)) for split in bu.SPLITS}
+    assert sum(sizes.values()) == 400 and sizes["train"] > 300 and min(sizes.values()) > 20
+    assert (
+        data.train.timestamp.max()
+        < data.valid.timestamp.min()
+        <= data.valid.timestamp.max()
+        < data.test.timestamp.min()
+    )
+    wanted = rows.label.mean()
+    assert pd.concat([data.train, data.valid, data.test]).label.mean() == pytest.approx(wanted)
+
+
+def test_without_times_each_users_last_rows_are_for_the_test(tmp_path):
+    rows = make_rows(0, 400)
+    path = as_csv(tmp_path, rows)
+    table = pd.read_csv(path).drop(columns="timestamp")
+    table.to_csv(path, index=False)
+    read = bo.read_interactions(path)
+    data = read.split()
+    assert "the file's order" in read.report["times"]
+    for user, own in table.groupby("user"):
+        parts = pd.concat([getattr(data, split) for split in bu.SPLITS])
+        mine = parts[parts.user == read.users.index(str(user))]
+        assert [read.items[i] for i in mine.item] == own.item.astype(str).tolist()  # train, valid, test: its order
+    assert data.train.timestamp.max() < data.valid.timestamp.min() < data.test.timestamp.min()
+    assert any(len(liked) for liked in bu.liked_before(data, data.test))
+
+
+def test_a_split_that_nothing_can_be_learned_from_is_refused(tmp_path):
+    path = as_csv(tmp_path, make_rows(0, 400).assign(label=1))
+    with pytest.raises(ValueError, match="train would hold .* 320 of them liked; a value of 4 or more counts as liked"):
+        bo.read_interactions(path).split()
+    assert set(bo.read_interactions(as_csv(tmp_path, make_rows(0, 400))).split(like=5).train.label) == {0, 1}
+
+
+def test_a_second_data_set_is_read_as_anybodys_file():
+    """MovieLens-100K: another decade, its titles in a second file."""
+    ratings, films = bo.ml100k_files()
+    read = bo.read_interactions(ratings, titles=films)
+    assert (len(read.rows), len(read.users), len(read.items)) == (100_000, 943, 1682)
+    assert read.titles[:2] == ["Toy Story", "GoldenEye"] and read.report["period"] == "1997-09-20 to 1998-04-22"
+    data = read.split(name="ml-100k")
+    assert len(data.train) == pytest.approx(80_000, abs=200) and data.train.label.mean() == pytest.approx(
+        0.55, abs=0.02
+    )
+
+
+@pytest.mark.parametrize("rows", [200_000])
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, rows):
+    """Twenty bytes a row beside one part of the file: the long form reads ten million (see benchmarks/scale.py)."""
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"user": rng.integers(0, 5000, rows), "item": rng.integers(0, 900, rows),
+                          "rating": rng.integers(1, 6, rows), "timestamp": 10**9 + np.arange(rows)})  # fmt: skip
+    table.to_csv(tmp_path / "r.csv", index=False)
+    monkeypatch.setattr(bo, "CHUNK", 20_000)
+    tracemalloc.start()
+    read = bo.read_interactions(tmp_path / "r.csv")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(read.rows) == rows and peak < 200 * rows
+    assert (read.rows.value.to_numpy() == table.rating.to_numpy()).all()
+    assert [int(read.users[u]) for u in read.rows.user.head(50)] == table.user.head(50).tolist()
+
+
+@cases(150, 4_000)
+@given(
+    st.integers(0, 10**9),
+    st.binary(min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from(["csv", "jsonl", "parquet"]),
+)
+def test_damaged_files_are_read_or_refused(tmp_path_factory, at, new, cut, kind):
+    with case("read: files of one's own"):
+        folder = tmp_path_factory.getbasetemp()
+        table = pd.read_csv(write(folder, TEXT))
+        if kind == "csv":
+            content = TEXT.encode()
+        elif kind == "jsonl":
+            content = "".join(json.dumps(row) + "\n" for row in table.to_dict("records")).encode()
+        else:
+            table.to_parquet(folder / "x.parquet")
+            content = (folder / "x.parquet").read_bytes()
+        path = write(folder, spoiled(content, at, new, cut), "damaged.bin")
+        try:
+            read = bo.read_interactions(path)
+        except ValueError as error:
+            assert str(path) in str(error) or "columns" in str(error), error
+        else:
+            assert np.isfinite(read.rows.value).all() and len(read.titles) == len(read.items) >= 1
+            assert read.rows.item.between(0, len(read.items) - 1).all()
+            assert read.rows.user.between(0, len(read.users) - 1).all()
