@@ -444,3 +444,47 @@ def ml100k_files(cache=None):
             for name in names:
                 (part / name).write_bytes(archive.read(f"recbole/dataset_example/ml-100k/{name}"))
     return tuple(folder / name for name in names)
+
+
+# -------------------------------------------------------------------------------------------------------------- verdict
+def verdict(rows, scores):
+    """(table, sentence): does the last of `scores` ({method: one number a row}) rank `rows` better than each other one?
+
+    The table has a line a method, AUC and UAUC with intervals; the sentence names the paired differences in AUC.
+    """
+    import binllm_utils as bu
+
+    table = pd.DataFrame({name: bu.evaluate(rows, values) for name, values in scores.items()}).T
+    *others, mine = scores
+    told = []
+    for other in others:
+        gap = bu.paired_test(rows.user, rows.label, scores[other], scores[mine]).loc["auc"]
+        sure = "better than" if gap.low > 0 else "worse than" if gap.high < 0 else "not surely different from"
+        told.append(f"{sure} {other} ({gap.difference:+.3f} AUC, 95 % from {gap.low:+.3f} to {gap.high:+.3f})")
+    return table, f"On {len(rows):,} rows {mine} rank {'; '.join(told)}."
+
+
+def main(arguments):
+    """python binllm_own.py FILE [TITLES]: the report, then codes against counting, in a table and a sentence."""
+    import sys
+
+    import binllm_utils as bu
+
+    if not 1 <= len(arguments) <= 2 or arguments[0].startswith("-"):
+        sys.exit("python binllm_own.py FILE [FILE WITH TITLES]")
+    try:
+        read = read_interactions(arguments[0], titles=arguments[1] if len(arguments) > 1 else None)
+        print(read.table.to_string(header=False))
+        data = read.split()
+    except ValueError as error:
+        sys.exit(str(error))
+    codes, _ = bu.fit_codes(data)
+    scores = {"counting": bu.popularity_baseline(data, data.test), "codes": codes.similarity(data.test)}
+    table, sentence = verdict(data.test, scores)
+    print(f"\n{table.to_string()}\n\n{sentence}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

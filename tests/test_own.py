@@ -331,3 +331,26 @@ def test_damaged_files_are_read_or_refused(tmp_path_factory, at, new, cut, kind)
             assert np.isfinite(read.rows.value).all() and len(read.titles) == len(read.items) >= 1
             assert read.rows.item.between(0, len(read.items) - 1).all()
             assert read.rows.user.between(0, len(read.users) - 1).all()
+
+
+def test_the_verdict_says_what_the_paired_test_says(toy):
+    rng = np.random.default_rng(0)
+    chance, truth = rng.random(100), toy.test.label + rng.random(100) / 2
+    for scores, word in (
+        ({"counting": chance, "codes": truth}, "codes rank better than counting"),
+        ({"counting": truth, "codes": chance}, "codes rank worse than counting"),
+        ({"counting": chance, "codes": chance + 0}, "codes rank not surely different from counting"),
+    ):
+        table, sentence = bo.verdict(toy.test, scores)
+        gap = bu.paired_test(toy.test.user, toy.test.label, scores["counting"], scores["codes"]).loc["auc"]
+        assert word in sentence and f"({gap.difference:+.3f} AUC" in sentence and "On 100 rows" in sentence
+        assert table.auc["codes"] == round(bu.auc(toy.test.label, scores["codes"]), 4)
+
+
+def test_the_command_line_tells_report_and_verdict(tmp_path, capsys):
+    bo.main([str(as_csv(tmp_path, make_rows(0, 500)))])
+    said = capsys.readouterr().out
+    assert "rows" in said and "500" in said and "On " in said and "codes rank" in said
+    for bad, message in (([], "FILE"), (["--help"], "FILE"), ([str(tmp_path / "none")], "is not there")):
+        with pytest.raises(SystemExit, match=message):
+            bo.main(bad)
