@@ -16,7 +16,7 @@ test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval
 	$(NBVAL) --nbval-lax notebooks/0[01456789]_*.ipynb notebooks/solutions/*.ipynb
 
 fuzz: $(VENV)/installed    ## the drills of tests/ in their long form, over 100,000 cases; kept in data/results/drills.csv
-	BINLLM_PROFILE=smoke $(BIN)/pytest --fuzz tests/test_drill.py tests/test_faults.py
+	BINLLM_PROFILE=smoke $(BIN)/pytest --fuzz tests/test_drill.py tests/test_own.py tests/test_faults.py
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.

@@ -314,7 +314,7 @@ def _seconds(times):
     usual = np.abs(np.median(numbers)) if len(numbers) else 0
     unit = next((unit for unit in (1, 10**3, 10**6) if usual < 10**11 * unit), 10**9)  # 10^11 s: the year 5138
     seconds = numbers // unit
-    far = np.abs(seconds) > 10**11
+    far = (np.abs(seconds) > 10**11) | ((unit > 1) & (numbers > 0) & (numbers < usual / 100))
     if far.any():
         raise ValueError(
             f"row {times.index[far.argmax()]}: time {numbers[far.argmax()]} is not in the unit of the others"

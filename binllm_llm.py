@@ -75,13 +75,13 @@ def load_llm(name=None, *, nf4=True, layers=None):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     with _one_sentence(source):
-        config = options["config"] = AutoConfig.from_pretrained(source)
+        config = options["config"] = AutoConfig.from_pretrained(source, trust_remote_code=False)
     text = config.get_text_config()
     if layers and layers > text.num_hidden_layers:
         raise ValueError(f"layers is {layers}; {name} has {text.num_hidden_layers}")
     text.num_hidden_layers = layers or text.num_hidden_layers
     with _one_sentence(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     for module in model.modules():
         # bitsandbytes 0.50 would repack 4-bit weights at the first scoring on a CPU with AVX512-BF16, and from then on
@@ -323,8 +323,9 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
     valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
     one tuning ends, and the best weights are returned.
-    folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call goes on from there, to
-    the weights of an unbroken run. The curve is a DataFrame `step, rows, loss, lr, seconds, valid_auc`.
+    folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call on a freshly loaded
+    model goes on from there, to the weights of an unbroken run.
+    The curve is a DataFrame `step, rows, loss, lr, seconds, valid_auc`.
     Raises ValueError for labels that do not fit, a model whose base carries another adapter, a checkpoint that is
     damaged or of another run; FloatingPointError for a loss that is not finite, with the checkpoint before it kept;
     OSError when no checkpoint can be written.
@@ -581,6 +582,9 @@ def _read_adapter(folder):
         sound = isinstance(r, int) and 0 < r <= 4096 and 0 < alpha <= 4096 and 0 <= dropout < 1
         if not (sound and isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)):
             raise ValueError(f"r {r}, lora_alpha {alpha}, lora_dropout {dropout}, target_modules {modules}")
+        kinds = {weight.dtype for weight in weights.values()} - {torch.float32, torch.float16, torch.bfloat16}
+        if kinds:
+            raise ValueError(f"weights of type {kinds.pop()}")
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder} holds no adapter that can be read ({error!r:.300}); tune it again") from None
@@ -599,6 +603,7 @@ def load_adapter(model, folder):
     when `model` carries an adapter already; `model` then stays as it was.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from transformers.pytorch_utils import Conv1D
 
     _check_bare(model)
     config, base, weights = _read_adapter(folder)
@@ -608,16 +613,19 @@ def load_adapter(model, folder):
     layers = _base(model).config.get_text_config().num_hidden_layers
     if saved and len(saved) != layers:
         raise ValueError(f"{folder} was tuned on {len(saved)} layers, the model given has {layers}; load the whole LLM")
-    try:
-        loaded = get_peft_model(model, config)
-    except ValueError as error:
-        raise ValueError(f"{folder} does not fit the model given: {error!s:.300}") from None
+    for target in config.target_modules:
+        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")]
+        if not found or not all(isinstance(module, (nn.Linear, Conv1D)) for module in found):
+            raise ValueError(f"{folder} does not fit the model given, which has no linear layers {target[:80]!r}")
+    loaded = get_peft_model(model, config)
     own = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     odd = {name for name in own.keys() | weights.keys()
            if name not in own or name not in weights or own[name].shape != weights[name].shape}  # fmt: skip
     if odd or not all(weight.isfinite().all() for weight in weights.values()):
         loaded.unload()
-        what = f"{len(odd)} weights are only in one of them, such as {min(odd)}" if odd else "a weight is no number"
+        what = (
+            f"{len(odd)} weights are lacking or of another size, such as {min(odd)}" if odd else "a weight is no number"
+        )
         raise ValueError(f"{folder} does not fit the model given: {what:.300}; load the LLM it was tuned on")
     set_peft_model_state_dict(loaded, weights)
     return loaded.eval()

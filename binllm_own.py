@@ -4,18 +4,21 @@
 repaired without being counted in the report; what cannot be repaired is named by file and line.
 """
 
+import codecs
 import csv
 import html
+import json
 import re
+import warnings
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from binllm_data import CACHE, Dataset, Source, fetch, replacing
+from binllm_data import CACHE, Dataset, Source, _seconds, fetch, replacing
 
 CHUNK = 500_000  # rows that are in memory as text at once
 NAMES = {  # a column's names in the files that people have, without blanks, dashes and types
@@ -26,13 +29,14 @@ NAMES = {  # a column's names in the files that people have, without blanks, das
     "title": "title movietitle booktitle itemtitle name trackname songtitle",
 }
 MAGIC = {
-    b"PK\x03\x04": "a ZIP archive; unpack it",
+    b"PK\x03\x04": "a ZIP archive or an Excel file; unpack it, or save it as CSV",
     b"\x1f\x8b": "compressed by gzip; unpack it",
     b"%PDF": "a PDF",
     b"\x89PNG": "a picture",
     b"SQLite": "a database; export a table",
     b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
 }
+NO_TIME = np.iinfo(np.int64).min
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
@@ -40,7 +44,7 @@ WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 class Interactions:
     """What a file holds: rows with user and item (int32, places in `users`, `items`), value (float32), time (int64).
 
-    value: the rating or label as it stands in the file. time: seconds, or -1 in all rows where the file has no times.
+    value: the rating or label as it stands in the file. time: seconds, or NO_TIME in all rows where there are none.
     users, items: the ids as they are written in the file; titles: one an item. report: {fact: value}, repairs counted.
     """
 
@@ -64,7 +68,7 @@ class Interactions:
         """
         value, highest = self.rows.value.to_numpy(), float(self.rows.value.max())
         like = like if like is not None else (1.0 if set(np.unique(value)) <= {0.0, 1.0} else 0.8 * highest)
-        if self.rows.time.iloc[0] >= 0:
+        if self.rows.time.iloc[0] != NO_TIME:
             cut = np.quantile(self.rows.time, [1 - valid - test, 1 - test])
             part, time = np.searchsorted(cut, self.rows.time, side="left"), self.rows.time.to_numpy()
         else:
@@ -72,7 +76,7 @@ class Interactions:
             size = self.rows.groupby("user").user.transform("size")
             place = (order + 1) / size
             part = np.searchsorted([1 - valid - test, 1 - test], place, side="left")
-            time = part * 10**8 + order.to_numpy() * 86_400  # a day a row: each begins a sitting of its own
+            time = 86_400 * (part * (order.max() + 1) + order.to_numpy())  # a day a row: each is a sitting of its own
         rows = pd.DataFrame({"user": self.rows.user, "item": self.rows.item, "label": value >= like, "timestamp": time})
         parts = {}
         for number, split in enumerate(("train", "valid", "test")):
@@ -93,14 +97,15 @@ def read_interactions(path, columns=None, titles=None, dayfirst=None):
     titles: a second file, with a column of items and one of titles. dayfirst: how dates such as 03/04/2020 are meant.
     Rows without a user, an item or a value are left out, as are all but the last of rows that name the same user, item
     and time; both are counted. Ids stay the texts they are, so that 007 and 7 differ.
-    Memory: a part of the file as text, and 20 bytes a row. Raises ValueError naming file and line.
+    Memory: a part of the file as text, and some 20 bytes a row, several times over while they are put in order.
+    Raises ValueError naming the file, and the line where there is one.
     """
     path = Path(path)
     before = _fingerprint(path)
     source = _Source(path)
     found = guess_columns(source.names, path, columns)
     reading = _Reading(path, found, dayfirst)
-    for first_line, chunk in source.chunks():
+    for first_line, chunk in source.chunks(list(dict.fromkeys(found.values()))):
         reading.take(first_line, chunk)
     if _fingerprint(path) != before:
         raise ValueError(f"{path} was changed while it was read; read it again when nothing writes it")
@@ -131,6 +136,8 @@ def guess_columns(names, path="the file", wanted=None):
                 f"columns: {role!r}: {name!r}; roles are {', '.join(NAMES)}, {path} has {', '.join(names)}"
             )
         found[role] = name
+    if _plain(found["item"]) in ("asin", "parentasin") and "title" not in (wanted or {}):
+        found["title"] = None  # Amazon's: the headline of a review
     if not found["item"]:
         found["item"] = found["title"]  # an export of one's own often has titles only
     if not found["item"] or not found["rating"]:
@@ -143,51 +150,47 @@ def guess_columns(names, path="the file", wanted=None):
 class _Source:
     """A file, the names of its columns, and its rows as text, some at a time."""
 
-    def __init__(self, path):
-        self.path, self.repairs = path, {}
-        head = path.read_bytes()[:200_000] if path.stat().st_size < 1e6 else path.open("rb").read(200_000)
+    def __init__(self, path, unnamed=("user", "item", "rating", "timestamp")):
+        self.path, self.repairs, self.unnamed = path, {}, unnamed
+        with path.open("rb") as file:
+            head = file.read(200_000)
         if not head.strip():
             raise ValueError(f"{path} is empty")
         if head.startswith(b"PAR1"):
             self.kind = "Parquet"
             try:
                 self.names = pq.read_schema(path).names
-            except Exception as error:  # Arrow's own kinds
-                raise ValueError(f"{path}: not a Parquet file that can be read ({error!s:.200})") from None
+            except Exception as error:  # Arrow has many kinds of its own
+                raise ValueError(f"{path}: not a Parquet file that can be read ({_line(error)})") from None
             return
         for start, what in MAGIC.items():
             if head.startswith(start):
                 raise ValueError(f"{path} is {what}")
         self._decode(head)
         self.kind = "JSON lines" if self.head.lstrip()[:1] == "{" else "text"
-        self._read_head_of_json() if self.kind == "JSON lines" else self._read_head_of_text()
+        if self.kind == "JSON lines":
+            self.names = list(self._json_line(1, self.head.lstrip().splitlines()[0]))
+        else:
+            self._read_head()
 
     def _decode(self, head):
         self.encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         if b"\0" in head and self.encoding != "utf-16":
             raise ValueError(f"{self.path} is not text: there are zero bytes in it")
         try:
-            whole = head if len(head) < 200_000 else head[: head.rfind(b"\n")]
-            self.head = whole.decode(self.encoding)
-            if len(head) == 200_000:
-                for line in self.path.open(encoding=self.encoding):  # the whole of it, before a row is taken
+            self.head = codecs.getincrementaldecoder(self.encoding)().decode(head)
+            with self.path.open(encoding=self.encoding) as file:
+                for line in file:  # the whole of it, before a row is taken
                     del line
         except UnicodeDecodeError:
             self.encoding = "cp1252"
             self.head = head.decode("cp1252", errors="replace")
             self.repairs["not UTF-8, read as Windows-1252"] = "yes"
 
-    def _read_head_of_json(self):
-        import json
-
-        try:
-            self.names = list(json.loads(self.head.lstrip().splitlines()[0]))
-        except ValueError as error:
-            raise ValueError(f"{self.path}, line 1: not JSON ({error})") from None
-
-    def _read_head_of_text(self):
-        lines = [line for line in self.head.splitlines()[:50] if line.strip()]
-        self.separator, cells = _separator(lines, self.path)
+    def _read_head(self):
+        lines = self.head.splitlines()
+        self.blank = next(at for at, line in enumerate(lines) if line.strip())  # lines before the first
+        self.separator, cells = _separator([line for line in lines if line.strip()][:50], self.path)
         numeric = [bool(re.fullmatch(r"\s*-?\d+([.,]\d+)?\s*", cell)) for cell in cells[0]]
         known = any(_plain(cell) in known.split() for cell in cells[0] for known in NAMES.values())
         self.header = known or not any(numeric)
@@ -195,46 +198,72 @@ class _Source:
             self.names = [cell.strip() for cell in cells[0]]
             twice = {name for name in self.names if self.names.count(name) > 1}
             if twice:
-                raise ValueError(f"{self.path}, line 1: the column {twice.pop()!r} is there twice")
-        elif 3 <= len(cells[0]) <= 4:
-            self.names = ["user", "item", "rating", "timestamp"][: len(cells[0])]
+                raise ValueError(f"{self.path}, line {self.blank + 1}: the column {twice.pop()!r} is there twice")
+        elif len(self.unnamed) - 1 <= len(cells[0]) <= len(self.unnamed):
+            self.names = list(self.unnamed[: len(cells[0])])
             self.repairs["no header, columns taken as"] = ", ".join(self.names)
         else:
             raise ValueError(f"{self.path}: no header line, and {len(cells[0])} columns; write their names into line 1")
 
-    def chunks(self):
-        """(number of the first line, DataFrame of texts) again and again."""
-        if self.kind == "Parquet":
-            yield from self._parquet()
-            return
-        options = {"dtype": str, "keep_default_na": False, "na_filter": False, "encoding": self.encoding}
-        try:
-            if self.kind == "JSON lines":
-                line = 1
-                frames = pd.read_json(self.path, lines=True, chunksize=CHUNK, dtype=False, convert_dates=False,
-                                      encoding=self.encoding.removesuffix("-sig"))  # fmt: skip
-            else:
-                line = 2 if self.header else 1
-                options |= {"sep": self.separator, "engine": "python" if len(self.separator) > 1 else "c"}
-                options |= {"names": self.names, "header": 0 if self.header else None, "index_col": False}
-                frames = pd.read_csv(self.path, chunksize=CHUNK, on_bad_lines="error", **options)
-            for frame in frames:
-                yield line, frame.reset_index(drop=True)
-                line += len(frame)
-        except (pd.errors.ParserError, ValueError) as error:
-            if str(error).startswith(str(self.path)):
-                raise
-            reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-            raise ValueError(f"{self.path}: {reason}; is a quotation mark left open, or a line broken?") from None
+    def chunks(self, wanted):
+        """(number of the first line, DataFrame of the `wanted` columns, mostly texts) again and again."""
+        way = {"Parquet": self._parquet, "JSON lines": self._json, "text": self._text}[self.kind]
+        yield from way(wanted)
 
-    def _parquet(self):
+    def _parquet(self, wanted):
         line = 1
         try:
-            for batch in pq.ParquetFile(self.path).iter_batches(CHUNK):
-                yield line, batch.to_pandas(ignore_metadata=True)
+            for batch in pq.ParquetFile(self.path).iter_batches(CHUNK, columns=wanted):
+                yield line, batch.to_pandas(ignore_metadata=True, types_mapper=pd.ArrowDtype)
                 line += len(batch)
         except Exception as error:  # Arrow has many kinds of its own
-            raise ValueError(f"{self.path}: a damaged Parquet file ({error!s:.200})".replace("\n", " ")) from None
+            raise ValueError(f"{self.path}: a damaged Parquet file ({_line(error)})") from None
+
+    def _json_line(self, number, text):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}, line {number}: not JSON ({_line(error)})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}, line {number}: not an object of JSON but {text[:40]!r}")
+        return row
+
+    def _json(self, wanted):
+        with self.path.open(encoding=self.encoding, errors="replace") as file:
+            for first in count(1, CHUNK):
+                lines = list(islice(file, CHUNK))
+                if not lines:
+                    return
+                rows = [self._json_line(first + at, line) if line.strip() else {} for at, line in enumerate(lines)]
+                yield (
+                    first,
+                    pd.DataFrame([[row.get(name) for name in wanted] for row in rows], columns=wanted, dtype=object),
+                )
+
+    def _text(self, wanted):
+        options = {"dtype": str, "keep_default_na": False, "na_filter": False, "encoding": self.encoding}
+        options |= {"sep": self.separator, "engine": "python" if len(self.separator) > 1 else "c"}
+        options |= {"names": self.names, "header": None, "index_col": False, "skip_blank_lines": False}
+        line = self.blank + 1 + self.header
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # else a long row would be cut
+                frames = pd.read_csv(self.path, skiprows=line - 1, chunksize=CHUNK, on_bad_lines="error", **options)
+                for frame in frames:
+                    yield line, frame[wanted].reset_index(drop=True)
+                    line += len(frame)
+        except pd.errors.EmptyDataError:
+            return
+        except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error, ValueError) as error:
+            if str(error).startswith(str(self.path)):
+                raise
+            reason = _line(error).removeprefix("Error tokenizing data. C error: ")
+            raise ValueError(f"{self.path}: {reason}; is a quotation mark left open, or a line broken?") from None
+
+
+def _line(error):
+    """What an error says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _separator(lines, path):
@@ -244,7 +273,10 @@ def _separator(lines, path):
         if separator == "::":
             cells = [line.split("::") for line in lines]
         else:
-            cells = list(islice(csv.reader(lines, delimiter=separator), len(lines)))
+            try:
+                cells = list(csv.reader(lines, delimiter=separator))
+            except csv.Error as error:
+                raise ValueError(f"{path}: {_line(error)}; is a quotation mark left open?") from None
         widths = [len(row) for row in cells]
         usual = max(set(widths), key=widths.count)
         share = widths.count(usual) / len(widths)
@@ -275,16 +307,16 @@ class _Reading:
         ids = {role: _texts(cells[role]) for role in ("user", "item") if role in cells}
         ids.setdefault("user", pd.Series("me", index=frame.index))
         keep = ~np.isnan(value) & (ids["user"] != "").to_numpy() & (ids["item"] != "").to_numpy()
-        time = np.full(len(frame), -1)
-        if "timestamp" in cells:
-            time = self.times(first, cells["timestamp"])
-        self.left_out += int((~keep).sum())
+        blank = (
+            np.isnan(value) & (ids["item"] == "").to_numpy() & ((ids["user"] == "") | ("user" not in cells)).to_numpy()
+        )
+        self.left_out += int((~keep & ~blank).sum())
+        time = self.times(first, cells["timestamp"]) if "timestamp" in cells else np.full(len(frame), NO_TIME)
         numbers = {role: self.numbered(role, ids[role][keep]) for role in ("user", "item")}
         if "title" in cells:
-            titles = _texts(cells["title"])[keep]
-            for item, title in zip(numbers["item"], titles):
-                if title and item not in self.title_of:
-                    self.title_of[item] = title
+            for item, title in zip(numbers["item"], _texts(cells["title"])[keep]):
+                if title:
+                    self.title_of.setdefault(item, title)
         self.parts.append(pd.DataFrame(numbers | {"value": value[keep].astype(np.float32), "time": time[keep]}))
 
     def numbered(self, role, texts):
@@ -296,8 +328,17 @@ class _Reading:
     def values(self, first, cells):
         """float64 of ratings as people write them: 4, 4.5, "4,5", ★★★½, yes; NaN where there is none."""
         if pd.api.types.is_numeric_dtype(cells) or pd.api.types.is_bool_dtype(cells):
-            return cells.astype(float).to_numpy(na_value=np.nan)
-        texts = _texts(cells)
+            value = cells.astype("Float64").to_numpy(float, na_value=np.nan)
+        else:
+            value = self.written(first, _texts(cells))
+        wrong = np.isinf(value) | (np.abs(value) > 1e6)
+        if wrong.any():
+            raise ValueError(
+                f"{self.line(first, wrong.argmax())}: the rating is {value[wrong.argmax()]:g}; give a smaller one"
+            )
+        return value
+
+    def written(self, first, texts):
         value = pd.to_numeric(texts, errors="coerce").to_numpy(float, na_value=np.nan).copy()
         for at in np.flatnonzero(np.isnan(value) & (texts != "").to_numpy()):
             text = texts.iloc[at]
@@ -310,36 +351,51 @@ class _Reading:
             else:
                 raise ValueError(f"{self.line(first, at)}: the rating is {text[:40]!r}; give a number")
             self.count[what] = self.count.get(what, 0) + 1
-        if np.isinf(value).any():
-            raise ValueError(f"{self.line(first, np.isinf(value).argmax())}: the rating is infinite")
         return value
 
     def times(self, first, cells):
-        """int64 as they stand, or seconds of dates; -1 where there is none."""
+        """int64 as they stand, or seconds of dates; NO_TIME where there is none."""
         if pd.api.types.is_datetime64_any_dtype(cells):
-            stamps = pd.DatetimeIndex(cells)
-            return np.where(stamps.isna(), -1, stamps.as_unit("s").asi8)
+            return self.stamps(first, pd.Series(pd.DatetimeIndex(cells)), cells.isna())
         texts = _texts(cells)
-        number = pd.to_numeric(texts, errors="coerce")
-        if (number.notna() | (texts == "")).all():
-            return number.fillna(-1).astype(np.int64).to_numpy()
-        slashed = texts.str.extract(r"^\s*(\d{1,2})[/.](\d{1,2})[/.]\d{4}").astype(float)
-        if self.dayfirst is None and slashed[0].notna().any():
-            if (slashed[0] > 12).any() == (slashed[1] > 12).any():
-                raise ValueError(
-                    f"{self.line(first, slashed[0].notna().argmax())}: {texts[slashed[0].notna()].iloc[0]!r} may begin "
-                    "with the day or with the month; say dayfirst=True or False"
-                )
-            self.dayfirst = bool((slashed[0] > 12).any())
+        none = (texts == "").to_numpy()
+        number = pd.to_numeric(texts.where(~none, "0"), errors="coerce")
+        if number.notna().all() and not texts[~none].str.fullmatch(r"(19|20)\d{6}").any():  # 20200102 is a date
+            far = (number.abs() > 9e18).to_numpy()
+            if far.any():
+                raise ValueError(f"{self.line(first, far.argmax())}: the time is {texts.iloc[far.argmax()][:40]!r}")
+            return np.where(none, NO_TIME, number.astype(np.int64))
+        self.order_of_dates(first, texts)
         stamps = pd.to_datetime(
-            texts.where(texts != ""), format="mixed", utc=True, errors="coerce", dayfirst=bool(self.dayfirst)
+            texts.where(~none), format="mixed", utc=True, errors="coerce", dayfirst=bool(self.dayfirst)
         )
-        bad = stamps.isna() & (texts != "")
+        return self.stamps(first, stamps, none, texts)
+
+    def stamps(self, first, stamps, none, texts=None):
+        bad = (stamps.isna() & ~none).to_numpy()
         if bad.any():
+            text = texts.iloc[bad.argmax()][:40]
+            raise ValueError(f"{self.line(first, bad.argmax())}: the time is {text!r}; give a date or seconds")
+        return np.where(none, NO_TIME, pd.DatetimeIndex(stamps).as_unit("s").asi8)
+
+    def order_of_dates(self, first, texts):
+        """Find out whether dates such as 31/12/2000 begin with the day; the whole file must agree."""
+        parts = texts.str.extract(r"^(\d{1,2})[-/.](\d{1,2})[-/.](?:\d{4}|\d{2})\b").astype(float)
+        days, months = (parts[0] > 12).to_numpy(), (parts[1] > 12).to_numpy()
+        if self.dayfirst is None and parts[0].notna().any():
+            if days.any() == months.any():
+                at = parts[0].notna().to_numpy().argmax()
+                raise ValueError(
+                    f"{self.line(first, at)}: {texts.iloc[at][:40]!r} may begin with the day or with the month; "
+                    "say dayfirst=True or False"
+                )
+            self.dayfirst = bool(days.any())
+        other = months if self.dayfirst else days
+        if other.any():
             raise ValueError(
-                f"{self.line(first, bad.argmax())}: the time is {texts[bad].iloc[0][:40]!r}; give a date or seconds"
+                f"{self.line(first, other.argmax())}: {texts.iloc[other.argmax()][:40]!r} does not begin with the "
+                f"{'day' if self.dayfirst else 'month'} as other dates do; write dates in one way"
             )
-        return np.where(stamps.isna(), -1, pd.DatetimeIndex(stamps).as_unit("s").asi8)
 
     def finished(self, source, titles):
         rows = pd.concat(self.parts, ignore_index=True)
@@ -350,15 +406,18 @@ class _Reading:
             "columns": ", ".join(f"{r} = {n}" for r, n in self.columns.items()),
         }
         report |= source.repairs
-        timed = rows.time >= 0
+        timed = rows.time != NO_TIME
         if timed.any() and rows.time[timed].nunique() > 1:
             report["rows without a time, left out"] = int((~timed).sum())
             rows = rows[timed]
-            rows["time"] = _to_seconds(rows.time.to_numpy(), self.path)
+            try:
+                rows["time"] = _seconds(rows.time)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from None
             rows = rows.sort_values("time", kind="stable")
         else:
             report["times"] = "none that differ: the file's order is taken for time, user by user"
-            rows["time"] = -1
+            rows["time"] = NO_TIME
         again = rows.duplicated(["user", "item", "time"], keep="last")
         rows = rows[~again].reset_index(drop=True)
         users, rows["user"] = self.sorted_ids("user", rows.user)
@@ -370,7 +429,7 @@ class _Reading:
         report["ratings"] = ", ".join(
             f"{v:g}: {n:,}" for v, n in rows.value.value_counts().sort_index().head(12).items()
         )
-        if timed.any() and rows.time.iloc[0] >= 0:
+        if rows.time.iloc[0] != NO_TIME:
             first, last = pd.to_datetime(rows.time.iloc[[0, -1]], unit="s").dt.date
             report["period"] = f"{first} to {last}"
         return Interactions(rows, users, items, names, {k: v for k, v in report.items() if v != 0})
@@ -404,24 +463,16 @@ def _texts(cells):
     return cells.astype(object).where(cells.notna(), "").map(str).str.strip()
 
 
-def _to_seconds(times, path):
-    """int64 seconds of seconds, milli-, micro- or nanoseconds, told by their median."""
-    unit = next((unit for unit in (1, 10**3, 10**6) if np.median(times) < 10**11 * unit), 10**9)
-    seconds = times // unit
-    if seconds.max() > 10**11:
-        raise ValueError(f"{path}: the time {times.max()} is not in the unit of the others")
-    return seconds
-
-
 def _read_titles(path):
     """{item: title} of a file with both."""
     _fingerprint(path)
-    source = _Source(path)
+    source = _Source(path, unnamed=("item", "title", "kinds"))
     plain = {_plain(name): name for name in source.names}
-    item, title = (next((plain[k] for k in NAMES[role].split() if k in plain), None) for role in ("item", "title"))
-    if not item or not title:
+    wanted = [next((plain[k] for k in NAMES[role].split() if k in plain), None) for role in ("item", "title")]
+    if None in wanted:
         raise ValueError(f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}")
-    return {i: t for _, frame in source.chunks() for i, t in zip(_texts(frame[item]), _texts(frame[title])) if t}
+    pairs = (zip(*(_texts(frame[name]) for name in wanted)) for _, frame in source.chunks(wanted))
+    return {item: title for some in pairs for item, title in some if title}
 
 
 # --------------------------------------------------------------------------------------------------- a second data set
@@ -476,11 +527,11 @@ def main(arguments):
         read = read_interactions(arguments[0], titles=arguments[1] if len(arguments) > 1 else None)
         print(read.table.to_string(header=False))
         data = read.split()
-    except ValueError as error:
+        codes, _ = bu.fit_codes(data)
+        scores = {"counting": bu.popularity_baseline(data, data.test), "codes": codes.similarity(data.test)}
+        table, sentence = verdict(data.test, scores)
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
-    codes, _ = bu.fit_codes(data)
-    scores = {"counting": bu.popularity_baseline(data, data.test), "codes": codes.similarity(data.test)}
-    table, sentence = verdict(data.test, scores)
     print(f"\n{table.to_string()}\n\n{sentence}")
 
 

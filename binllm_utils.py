@@ -610,7 +610,8 @@ def build_prompts(
             raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
         users, items = codes.of(rows)
         fields |= {"user": list(map(write, users)), "item": list(map(write, items))}
-        fields["pairs"] = map(to_pairs, users, items)
+        if "pairs" in wanted:
+            fields["pairs"] = map(to_pairs, users, items)
         if not all(isinstance(text, str) for text in fields["user"]):
             raise ValueError(f"the format gives {fields['user'][0]!r}; it must turn a code into text")
     template = template if faithful else template.replace(" \\n", "\n")

@@ -8,6 +8,7 @@ elsewhere for it, use the plain one that notebook 02 builds. The others are of i
 
 import base64
 import html
+import os
 import sys
 import threading
 
@@ -106,8 +107,8 @@ class BitExplorer(anywidget.AnyWidget):
         if name == "selected" and not -1 <= value < bits:
             return f"there is no bit {value}; bits go from 0 to {bits - 1}"
         if name == "flips":
-            places = [bit for side in ("user", "film") for bit in value.get(side, ["none"])]
-            if set(value) != {"user", "film"} or not all(isinstance(bit, int) and 0 <= bit < bits for bit in places):
+            lists = set(value) == {"user", "film"} and all(isinstance(side, list) for side in value.values())
+            if not lists or not all(type(bit) is int and 0 <= bit < bits for side in value.values() for bit in side):
                 return f"flips must be a list of bits from 0 to {bits - 1} for the user and one for the film"
         return None
 
@@ -181,26 +182,28 @@ class Reader:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.answers, self.kept = bu.answer_tokens(tokenizer), {}
+        self.answers, self.kept, self.lock = bu.answer_tokens(tokenizer), {}, threading.Lock()
 
     def ask(self, prompt, beginning):
         """(P(Yes) with the adapter off, with it on); `beginning`: how many letters of `prompt` are likely to stay."""
         (ids,) = bu.encode_prompts(self.model, self.tokenizer, [prompt])
         (shared,) = bu.encode_prompts(self.model, self.tokenizer, [prompt[:beginning].rstrip()])
-        shared = shared[: sum(a == b for a, b in zip(shared, ids[:-1]))]
-        with self.model.disable_adapter():
-            before = self._answer(ids, shared, "before")
-        return before, self._answer(ids, shared, "after")
+        shared = os.path.commonprefix([shared, ids[:-1]]) or ids[:1]
+        with self.lock:  # for the adapter is switched off and on
+            with self.model.disable_adapter():
+                before = self._answer(ids, shared, "before")
+            return before, self._answer(ids, shared, "after")
 
     @torch.inference_mode()
     def _answer(self, ids, shared, when):
         as_input = lambda tokens: torch.tensor([tokens], device=self.model.device)  # noqa: E731
         if self.kept.get(when, (None,))[0] != shared:
             self.kept[when] = shared, self.model(as_input(shared), use_cache=True).past_key_values
-        cache = self.kept[when][1]
+        cache = self.kept.pop(when)[1]  # put back only when it is whole again
         rest = ids[len(shared) :]
         logits = self.model(as_input(rest), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         cache.crop(-len(rest))
+        self.kept[when] = shared, cache
         yes, no = logits[self.answers].double().tolist()
         return 1 / (1 + np.exp(no - yes))
 
@@ -209,7 +212,8 @@ class Playground(ipywidgets.VBox):
     """The prompt of a user and a film, live: flip bits, drop likes, change film or notation, and P(Yes) follows.
 
     model: an LLM with an adapter (`bu.load_adapter`); it is asked with the adapter off and on. Controls answer at once
-    and one thread asks the model, always for the newest state, so that nothing piles up; `wait()` waits for it.
+    and one thread asks the model, always for the newest state, so that nothing piles up; `wait()` waits for it. While
+    it reads, do not ask the same model elsewhere: the adapter is switched off and on.
     """
 
     def __init__(self, dataset, codes, model, tokenizer, row):
@@ -256,44 +260,51 @@ class Playground(ipywidgets.VBox):
     def _changed(self, _=None):
         for place, bit in enumerate(self.bits):
             self.code[place], bit.description = bit.value, str(int(bit.value))
-        self.asked += 1
         try:
             template, values = self.prompt()
         except ValueError as error:
             self.view.value = f'<p role="status">{html.escape(str(error))}</p>'
             return
-        self._show(None)
-        beginning = len(template.split("{user}")[0].format(**values))
-        self.newest = self.asked, template.format(**values), beginning, self.similarity
+        self.asked += 1
+        self._show(template, values, self.similarity, None)
+        self.newest = self.asked, template, values, self.similarity
         self.todo.set()
-        if self.thread is None or not self.thread.is_alive():
+        if self.thread is None:
             self.thread = threading.Thread(target=self._work, daemon=True)
             self.thread.start()
 
     def _work(self):
-        """Ask the model for the newest state until nothing new has come for a while."""
-        while self.todo.wait(1.0):
+        """Ask the model for the newest state, again and again."""
+        while self.todo.wait():
             self.todo.clear()
-            number, text, beginning, similarity = self.newest
+            number, template, values, similarity = self.newest
+            result = {"number": number, "similarity": similarity}
             try:
-                before, after = self.reader.ask(text, beginning)
+                beginning = len(template.split("{user}")[0].format(**values))
+                result |= dict(zip(("before", "after"), self.reader.ask(template.format(**values), beginning)))
             except Exception as error:  # in a thread nobody would hear of it
-                self.view.value = f'<p role="status">the model gave no answer: {html.escape(str(error))}</p>'
-                continue
-            self.result = {"number": number, "before": before, "after": after, "similarity": similarity}
+                result["error"] = f"the model gave no answer: {error}"
             if number == self.asked:
-                self._show(self.result)
+                self._show(template, values, similarity, result)
+            self.result = result
 
     def wait(self, seconds=60):
-        """The newest result, a dict of P(Yes) before and after and the similarity; raises TimeoutError."""
+        """The newest result, a dict of P(Yes) before and after and the similarity.
+
+        Raises RuntimeError when the model gave no answer, TimeoutError when it is not there in time.
+        """
         for _ in range(int(20 * seconds)):
             if self.result and self.result["number"] == self.asked:
+                if "error" in self.result:
+                    raise RuntimeError(self.result["error"])
                 return self.result
             threading.Event().wait(0.05)
         raise TimeoutError(f"no answer after {seconds} s")
 
-    def _show(self, result):
-        template, values = self.prompt()
+    def _show(self, template, values, similarity, result):
+        if result and "error" in result:
+            self.view.value = f'<p role="status">{html.escape(result["error"])}</p>'
+            return
         colors = {"likes": "#009E73", "title": "#E69F00", "user": "#0072B2", "item": "#0072B2"}
         marks = {
             name: f'<mark style="background:{colors[name]}40;color:inherit">{html.escape(value)}</mark>'
@@ -301,7 +312,7 @@ class Playground(ipywidgets.VBox):
         }
         marked = html.escape(template).replace("\n", "<br>").format(**marks)
         lines = {"before tuning": result and result["before"], "after": result and result["after"]}
-        lines["Hamming similarity"] = result["similarity"] if result else self.similarity
+        lines["Hamming similarity"] = similarity
         bars = "".join(
             f"<tr><td>{name}</td><td>{'… reading' if value is None else f'{value:.3f}'}</td><td>"
             f'<div style="width:220px;border:1px solid"><div style="width:{220 * (value or 0):.0f}px;height:10px;'

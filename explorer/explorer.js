@@ -32,7 +32,6 @@ function agreeing(a, b, bits) {
 }
 
 const dotted = (code) => Array.from(code);
-const text = (code, bits) => Array.from({ length: bits }, (_, place) => bitOf(code, place)).join("");
 
 // An element with properties, attributes (names with a dash, role) and children; texts stay texts, whatever they hold.
 function el(tag, properties = {}, ...children) {
@@ -63,7 +62,10 @@ export function mount(root, data, state, changed = () => {}) {
   for (const [name, value] of [["role", "combobox"], ["aria-controls", `${id}l`], ["aria-expanded", "false"]])
     filmBox.setAttribute(name, value);
   const button = (label, act) => el("button", { type: "button", textContent: label, onclick: act });
-  const undo = button("undo", () => history.length && show(history.pop(), "undone"));
+  const undo = button("undo", () => {
+    stop();
+    if (history.length) show(history.pop(), "undone");
+  });
   const reset = button("reset", () => change({ flips: { user: [], film: [] } }, "as learned"));
   const fewest = button("fewest flips to change the verdict", () => walk());
   const grid = el("div", { className: "bx-grid", role: "grid", "aria-label": "codes, bit under bit" });
@@ -188,6 +190,7 @@ export function mount(root, data, state, changed = () => {}) {
     const steps = [];
     for (let bit = 0; bit < bits; bit++) if ((bitOf(user, bit) !== bitOf(film, bit)) === wanted) steps.push(bit);
     const needed = wanted ? data.threshold - agreeing(user, film, bits) : agreeing(user, film, bits) - data.threshold + 1;
+    if (needed > steps.length) return say("no flips change the verdict: it is the same from 0 bits to all");
     let done = 0;
     keep();
     const step = () => {
@@ -307,7 +310,7 @@ export function mount(root, data, state, changed = () => {}) {
     verdict.className = `bx-verdict ${agree >= data.threshold ? "bx-yes" : "bx-no"}`;
     const address = { user: dotted(codes.user).join("."), film: dotted(codes.film).join(".") };
     const rows = [
-      ["more similar than", `${Math.round((100 * below) / films.length)} % of ${films.length.toLocaleString("en")} films`],
+      ["fits better than", `${Math.round((100 * below) / films.length)} % of the ${films.length.toLocaleString("en")} films here`],
       ["user, dotted", address.user],
       ["film, dotted", address.film],
       ["tokens of both", `${2 * bits} as bits, ${address.user.length + address.film.length} dotted: a digit or dot each`],
@@ -320,7 +323,7 @@ export function mount(root, data, state, changed = () => {}) {
     const nearest = others.map((_, at) => at).filter((at) => at !== state.user).sort((a, b) => others[b] - others[a] || a - b);
     const go = (user) => change({ user, flips: { ...state.flips, user: [] } });
     neighbours(nearUsers, nearest.slice(0, NEAREST), (at) => `user ${at}`, (at) => others[at], go, -1);
-    if (document.activeElement !== userBox) userBox.value = state.user;
+    if (root.getRootNode().activeElement !== userBox) userBox.value = state.user;
     if (root.getRootNode().activeElement !== filmBox) filmBox.value = title(state.film);
     undo.disabled = !history.length;
     reset.disabled = !state.flips.user.length && !state.flips.film.length;
@@ -386,12 +389,14 @@ export function mount(root, data, state, changed = () => {}) {
     }
     const known = facts_of(bit);
     const percent = (share) => `${Math.round(100 * share)} %`;
-    const along = known.tags.map((entry) => `${entry.tag} ${entry.gap > 0 ? "+" : "−"}${percent(Math.abs(entry.gap))}`).join(", ");
+    const along = known.tags
+      .map((entry) => `${entry.tag} (${Math.round(100 * Math.abs(entry.gap))} points ${entry.gap > 0 ? "more" : "less"} often)`)
+      .join(", ");
     const titles = (some) => some.map((at) => data.titles[at]).join("; ") || "none";
     about.replaceChildren(
       el("h3", { textContent: `bit ${bit}` }),
       el("p", { textContent: `1 for ${percent(known.users)} of the users and ${percent(known.films)} of the films` }),
-      el("p", { textContent: `goes along with: ${along || "no tag"}` }),
+      el("p", { textContent: `compared with all films, 1 for ${along || "no kind more or less often"}` }),
       el("p", { textContent: `best-known films with 1: ${titles(known.one)}` }),
       el("p", { textContent: `and with 0: ${titles(known.zero)}` }),
     );
@@ -409,6 +414,7 @@ export function mount(root, data, state, changed = () => {}) {
       return state;
     },
     say,
+    stop,
   };
 }
 
@@ -454,7 +460,10 @@ export function page(root, data) {
   const [first, wrong] = sensible(read(), data, nUsers, start(data));
   const shown = mount(root, data, first, write);
   shown.say(wrong);
-  addEventListener("hashchange", () => shown.set(read()));
+  addEventListener("hashchange", () => {
+    const [whole, unclear] = sensible(read(), data, nUsers, start(data)); // what an address leaves out is as at the start
+    shown.set(whole, unclear);
+  });
   return shown;
 }
 
@@ -475,7 +484,10 @@ function render({ model, el: root }) {
   shown.say(wrong || model.get("message"));
   const taken = () => own || shown.set(read(), model.get("message"));
   for (const name of [...names, "message"]) model.on(`change:${name}`, taken);
-  return () => model.off(null, taken);
+  return () => {
+    shown.stop();
+    for (const name of [...names, "message"]) model.off(`change:${name}`, taken);
+  };
 }
 
 export default { render };

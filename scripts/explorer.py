@@ -16,12 +16,14 @@ sys.path[:0] = [str(ROOT)]
 import binllm_utils as bu
 import binllm_widgets as bw
 
+RECIPE = "distinct"  # as in notebook 02: neighbours can be told apart
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';
+  base-uri 'none'; form-action 'none'">
 <title>BinLLM: the bit explorer</title>
 <style>
 :root {{ color-scheme: light dark; }}
@@ -31,8 +33,8 @@ h1 {{ font-size: 20px; margin: 0 0 6px; }}
 </style>
 <main>
 <h1>Bits that say who likes what</h1>
-<p>Each user and each film has a code of {bits} bits, learned from ratings. The more bits agree, the surer is the like.
-{note}</p>
+<p>Each user and each film has a code of {bits} bits, learned from ratings (recipe {recipe}). The more bits agree, the
+surer is the like. {note}</p>
 <div id="explorer"></div>
 </main>
 <script type="module">
@@ -44,7 +46,7 @@ page(document.getElementById("explorer"), {data});
 
 
 def shown_in_notebooks(dataset, most=100):
-    """Ids of the films whose titles stand in the notebooks as they are committed, the most rated first."""
+    """Ids of at most that many films whose titles stand in the notebooks, the most rated ones."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
     shown = [item for item, title in enumerate(dataset.titles) if json.dumps(title, ensure_ascii=False)[1:-1] in text]
     counts = np.bincount(dataset.train.item, minlength=dataset.n_items)
@@ -61,7 +63,9 @@ def page(dataset, codes, films=None):
         "" if films is None else f"Of {dataset.n_items:,} films this page holds {len(films)}; make explorer builds all."
     )
     style = (bw.FOLDER / "explorer.css").read_text(encoding="utf-8")
-    return PAGE.format(style=style, program=program.replace("export ", ""), data=data, bits=codes.bits, note=note)
+    return PAGE.format(
+        style=style, program=program.replace("export ", ""), data=data, bits=codes.bits, note=note, recipe=RECIPE
+    )
 
 
 def main(public):
@@ -69,7 +73,7 @@ def main(public):
     films = shown_in_notebooks(dataset) if public else None
     path = ROOT / "docs" / "explorer.html" if public else bu.OUTPUT / "explorer.html"
     with bu.replacing(path) as part:
-        part.write_text(page(dataset, bu.cached_codes(dataset), films), encoding="utf-8")
+        part.write_text(page(dataset, bu.cached_codes(dataset, recipe=RECIPE), films), encoding="utf-8")
     print(f"{path}: open it in a browser")
 
 

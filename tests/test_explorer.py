@@ -45,6 +45,8 @@ def test_python_and_widget_share_a_state_and_refuse_what_makes_no_sense(toy):
         ("selected", 16, "there is no bit 16"),
         ("flips", {"user": [16], "film": []}, "flips must be a list of bits from 0 to 15"),
         ("flips", {"user": [0]}, "flips must be"),
+        ("flips", {"user": 3, "film": []}, "flips must be"),
+        ("flips", {"user": [True], "film": []}, "flips must be"),
     ):
         before = getattr(w, name)
         setattr(w, name, bad)
@@ -69,6 +71,6 @@ def test_the_committed_page_is_made_from_the_program_and_shows_few_titles(ml1m):
     text = (bu.ROOT / "docs/explorer.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r"page\(document.*?, (\{.*\})\);", text)[1])
     assert len(films) <= 100 and set(data["filmIds"]) <= set(films)
-    assert text == explorer.page(ml1m, bu.cached_codes(ml1m), data["filmIds"]), (
+    assert text == explorer.page(ml1m, bu.cached_codes(ml1m, recipe=explorer.RECIPE), data["filmIds"]), (
         "run python scripts/explorer.py --public"
     )

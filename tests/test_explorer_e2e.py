@@ -187,7 +187,10 @@ def test_an_address_brings_the_state_back(open_page):
     check(page, 7, DATA["film"], ([1, 4], [9]))
     sync_api.expect(page.locator(".bx-about h3")).to_have_text("bit 4")
     page.evaluate("location.hash = '#user=8'")
-    check(page, 8, DATA["film"], ([1, 4], [9]))
+    check(page, 8, DATA["film"])
+    page.evaluate("location.hash = '#user=-8&film=1.5'")
+    sync_api.expect(page.get_by_role("status")).to_contain_text("there is no user -8")
+    check(page, DATA["user"], DATA["film"])
 
 
 def test_the_fewest_flips_change_the_verdict(open_page):
@@ -202,6 +205,10 @@ def test_the_fewest_flips_change_the_verdict(open_page):
     assert page.locator(".bx-flipped").count() == needed
     assert page.locator(".bx-verdict").get_attribute("class") != before
     page.get_by_role("button", name="undo").click()  # all of them together
+    check(page, 5, DATA["film"])
+    page.get_by_role("button", name="fewest flips").click()
+    page.get_by_role("button", name="undo").click()  # in the midst of it
+    page.wait_for_timeout(800)
     check(page, 5, DATA["film"])
 
 

@@ -69,7 +69,7 @@ def run_stages(server, *arguments, before=()):
     """The lines that `stages.py` prints for these arguments."""
     environment = os.environ | {"STAGES_SERVER": f"{server}/good {hashlib.sha256(CONTENT).hexdigest()}"}
     command = [*before, sys.executable, str(ROOT / "tests" / "stages.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     whole = {line["stage"]: line["result"] for line in lines if line["drill"] == "not disturbed"}

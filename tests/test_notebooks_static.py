@@ -191,7 +191,13 @@ def test_links_of_pages_lead_somewhere(page):
         assert ((ROOT / page).parent / target).exists(), target
 
 
-MOST = {"binllm_utils.py": 900, "binllm_data.py": 550, "binllm_llm.py": 630, "binllm_extras.py": 500}
+MOST = {
+    "binllm_utils.py": 900,
+    "binllm_data.py": 550,
+    "binllm_llm.py": 640,
+    "binllm_own.py": 560,
+    "binllm_extras.py": 500,
+}
 SOURCES = [
     *MOST,
     *(str(path.relative_to(ROOT)) for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]),

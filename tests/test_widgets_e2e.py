@@ -4,6 +4,7 @@ Skipped where no Chromium is installed: `apt-get install chromium`, or set CHROM
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -198,10 +199,13 @@ def test_the_playground_asks_the_model_for_what_is_shown(opened):
     bits = page.locator(".widget-toggle-button")
     bits.first.scroll_into_view_if_needed()
     sync_api.expect(view).not_to_contain_text("reading", timeout=30_000)
+    number = int(page.evaluate(ASK, "print(play.wait()['number'])"))
     for act in (lambda: bits.nth(4).click(), lambda: page.locator("select").last.select_option("dotted")):
         began = time.perf_counter()
         act()
-        sync_api.expect(view.locator("td").nth(1)).to_have_text("… reading")
+        asked = f"print(play.wait()['number'] > {number})"
+        page.wait_for_function(f"async () => (await ({ASK})({json.dumps(asked)})) === 'True'")
+        number += 1
         sync_api.expect(view).not_to_contain_text("reading", timeout=30_000)
         assert time.perf_counter() - began < 10
         asked = (
