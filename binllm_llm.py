@@ -324,8 +324,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
     one tuning ends, and the best weights are returned.
     folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call on a freshly loaded
-    model goes on from there, to the weights of an unbroken run.
-    The curve is a DataFrame `step, rows, loss, lr, seconds, valid_auc`.
+    model goes on to the weights of an unbroken run. The curve: columns `step, rows, loss, lr, seconds, valid_auc`.
     Raises ValueError for labels that do not fit, a model whose base carries another adapter, a checkpoint that is
     damaged or of another run; FloatingPointError for a loss that is not finite, with the checkpoint before it kept;
     OSError when no checkpoint can be written.
