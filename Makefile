@@ -27,8 +27,8 @@ explorer: $(VENV)/installed ## the bit explorer of all films as one page: execut
 results: $(VENV)/installed ## make what is missing of data/results, and the tables from it; hours, goes on where it was
 	$(BIN)/python scripts/results.py && $(BIN)/python scripts/readme.py
 
-release: $(VENV)/installed ## execute the notebooks in place, renew figures, run times and tables
-	$(BIN)/python scripts/run.py --release && $(BIN)/python scripts/readme.py
+release: $(VENV)/installed ## execute the notebooks in place, renew figures, run times, tables and the page
+	$(BIN)/python scripts/run.py --release && $(BIN)/python scripts/readme.py && $(BIN)/python scripts/explorer.py --public
 
 bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
