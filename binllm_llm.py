@@ -607,7 +607,7 @@ def load_adapter(model, folder):
     _check_bare(model)
     config, base, weights = _read_adapter(folder)
     if (base or "") != (model.name_or_path or ""):
-        raise ValueError(f"{folder} was tuned on {base!r:.80}, the model given is {model.name_or_path}; load that LLM")
+        raise ValueError(f"{folder} was tuned on {base!s:.80}, the model given is {model.name_or_path}; load that LLM")
     saved = {found[1] for found in (re.search(r"\.(\d+)\.", name) for name in weights) if found}
     layers = _base(model).config.get_text_config().num_hidden_layers
     if saved and len(saved) != layers:

@@ -417,6 +417,8 @@ def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=T
     _check_length(bits)
     if recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}")
+    if max_epochs < 1:
+        raise ValueError(f"max_epochs is {max_epochs}; train for one or more")
     how = RECIPES[recipe]
     torch.manual_seed(seed)
     model = BinMF(dataset, bits, how)

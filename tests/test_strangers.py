@@ -118,7 +118,7 @@ def test_a_header_that_claims_what_is_not_there_is_refused_early(adapter, conten
         ({"peft_type": "NOTHING"}, "is no plain LoRA adapter: peft_type is 'NOTHING'"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "is no plain LoRA adapter"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "is no plain LoRA adapter: megatron"),
-        ({"base_model_name_or_path": "../../elsewhere"}, "was tuned on '../../elsewhere', the model given is"),
+        ({"base_model_name_or_path": "../../elsewhere"}, "was tuned on ../../elsewhere, the model given is"),
         ({"r": 3}, "does not fit the model given"),
         ({"target_modules": ["q_proj"]}, "weights are lacking or of another size"),
         ({"target_modules": ["q_proj", "act_fn"]}, "has no linear layers 'act_fn'"),
