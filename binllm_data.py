@@ -474,8 +474,8 @@ def liked_before(dataset, rows, last=10, same_second=False):
     likes = dataset.log[lambda log: log.label == 1].sort_values(["user", "timestamp", "item"], kind="stable")
     times = np.unique(likes.timestamp)  # ranks in place of times: no product of an id and a time can overflow
     key = likes.user.to_numpy() * (len(times) + 1) + np.searchsorted(times, likes.timestamp)
-    if not (isinstance(last, (int, np.integer)) and last > 0):
-        raise ValueError(f"{last!r} likes: show one or more")
+    if not (isinstance(last, (int, np.integer)) and last >= 0):
+        raise ValueError(f"{last!r} likes: show none or more")
     users = np.minimum(_ids(rows, "user"), dataset.n_users) * (len(times) + 1)  # of an unknown user nothing is known
     when = _seconds(_column(rows, "timestamp"))
     stop = np.searchsorted(key, users + np.searchsorted(times, when))

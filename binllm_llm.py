@@ -260,7 +260,7 @@ def answer_logits(model, ids, pack, answers):
     They are the model's own logits, whatever its head is made of, at the last token of each prompt.
     """
     device, packed = model.device, can_pack(model)
-    dtype = _base(model).get_input_embeddings().weight.dtype
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     inputs = pack_inputs(ids, pack, dtype) if packed else padded_inputs(ids, pack)
     if not packed:  # the model keeps the same places of all rows: all that are last in any
         last = inputs.pop("logits_to_keep")
