@@ -195,7 +195,7 @@ def _check_bits(code, name="code"):
         )
     number = (bool, int, float, np.bool_, np.integer, np.floating)  # in a table of objects there may be anything
     other = [x for x in code.flat if not isinstance(x, number)] if code.dtype == object else []
-    other = other or code[~np.isin(code, (0, 1))].tolist()
+    other = other or code[~np.isin(code, (0, 1)) | (code.dtype.kind == "c")].tolist()
     if other:
         raise ValueError(f"{name}: a code may hold only 0 and 1, here {other[0]!r:.60}")
     return code.astype(np.uint8, copy=False)
