@@ -578,7 +578,9 @@ def _read_adapter(folder):
     try:
         card, weights = json.loads(Path(folder, "adapter_config.json").read_text()), load_file(file)
         r, alpha, dropout, modules = (card[name] for name in own)
-        sound = isinstance(r, int) and 0 < r <= 4096 and 0 < alpha <= 4096 and 0 <= dropout < 1
+        sound = (
+            type(r) is int and type(alpha) in (int, float) and 0 < r <= 4096 and 0 < alpha <= 4096 and 0 <= dropout < 1
+        )
         if not (sound and isinstance(modules, list) and modules and all(isinstance(name, str) for name in modules)):
             raise ValueError(f"r {r}, lora_alpha {alpha}, lora_dropout {dropout}, target_modules {modules}")
         kinds = {weight.dtype for weight in weights.values()} - {torch.float32, torch.float16, torch.bfloat16}

@@ -62,7 +62,9 @@ def read_metrics(path):
         path, records.METRIC_COLUMNS, ["auc", "uauc", "auc_lo", "auc_hi", "uauc_lo", "uauc_hi"]
     )
     metrics = metrics.fillna({"variant": "", "format": "", "bits": 0, "model": "", "split": "", "profile": ""})
+    seconds = pd.to_numeric(metrics.seconds, errors="coerce")
     for bad, what in (
+        (seconds.isna() & metrics.seconds.notna(), "{seconds} seconds; give a number or nothing"),
         (~pd.to_numeric(metrics.bits, errors="coerce").between(0, 4096), "{bits} bits; no code has that many"),
         (~(pd.to_numeric(metrics.rows, errors="coerce") >= 1), "{rows} rows; a result has one or more"),
         (

@@ -125,7 +125,7 @@ def read_table(path, columns, shares=()):
     Raises ValueError, naming file and line, for anything else.
     """
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, index_col=False)
     except (ValueError, OSError) as error:  # pandas' errors for what is no table are ValueErrors
         raise ValueError(f"{path}: not a table ({error})") from None
     if list(table.columns) != list(columns):

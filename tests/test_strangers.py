@@ -120,6 +120,7 @@ def test_a_header_that_claims_what_is_not_there_is_refused_early(adapter, conten
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "is no plain LoRA adapter: megatron"),
         ({"base_model_name_or_path": "../../elsewhere"}, "was tuned on ../../elsewhere, the model given is"),
         ({"r": 3}, "does not fit the model given"),
+        ({"r": True}, "holds no adapter that can be read"),
         ({"target_modules": ["q_proj"]}, "weights are lacking or of another size"),
         ({"target_modules": ["q_proj", "act_fn"]}, "has no linear layers 'act_fn'"),
         ({"target_modules": ["q_proj", "nothing"]}, "has no linear layers 'nothing'"),
