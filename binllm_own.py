@@ -124,12 +124,16 @@ def _plain(name):
     return re.sub(r"[\W_]", "", str(name).split(":")[0].lower())
 
 
+def _find(names, role):
+    """The first of `names` that usually holds that role, or None."""
+    by_plain = {_plain(name): name for name in reversed(names)}
+    return next((by_plain[known] for known in NAMES[role].split() if known in by_plain), None)
+
+
 def guess_columns(names, path="the file", wanted=None):
     """{role: name of the column} for those of NAMES that the file has; `wanted` overrules. Raises ValueError."""
-    names, found = list(names), {}
-    for role, known in NAMES.items():
-        by_plain = {_plain(name): name for name in reversed(names)}
-        found[role] = next((by_plain[k] for k in known.split() if k in by_plain), None)
+    names = list(names)
+    found = {role: _find(names, role) for role in NAMES}
     for role, name in (wanted or {}).items():
         if role not in NAMES or name not in names:
             raise ValueError(
@@ -467,8 +471,7 @@ def _read_titles(path):
     """{item: title} of a file with both."""
     _fingerprint(path)
     source = _Source(path, unnamed=("item", "title", "kinds"))
-    plain = {_plain(name): name for name in source.names}
-    wanted = [next((plain[k] for k in NAMES[role].split() if k in plain), None) for role in ("item", "title")]
+    wanted = [_find(source.names, role) for role in ("item", "title")]
     if None in wanted:
         raise ValueError(f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}")
     pairs = (zip(*(_texts(frame[name]) for name in wanted)) for _, frame in source.chunks(wanted))
