@@ -78,6 +78,17 @@ def case(drill):
     count[1] += 1
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes: what it counted goes to the first
+        session.config.workeroutput["tried"] = TRIED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for drill, counts in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        TRIED[drill] = [a + b for a, b in zip(TRIED.get(drill, (0, 0)), counts)]
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not TRIED:
         return

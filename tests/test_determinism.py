@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("determinism")  # one process makes what all its tests compare
+
 # Prints digests of codes and prompts, the scores of the first two layers, and the weights and losses of eight steps.
 PROGRAM = """
 import json, sys
@@ -18,15 +20,15 @@ from conftest import make_dataset
 import binllm_utils as bu
 torch.set_num_threads(int(sys.argv[1]))
 toy, ml1m = make_dataset(), bu.load_ml1m()
-made = [bu.fit_codes(toy, 16, 3, recipe, max_epochs=8, progress=False)[0] for recipe in bu.RECIPES]
-made.append(bu.fit_codes(ml1m, 32, 3, max_epochs=3, progress=False)[0])
-rows = bu.sample_rows(ml1m.test, 40, seed=3)
+made = [bu.fit_codes(toy, 16, 3, recipe, max_epochs=4, progress=False)[0] for recipe in bu.RECIPES]
+made.append(bu.fit_codes(ml1m, 32, 3, max_epochs=2, progress=False)[0])
+rows = bu.sample_rows(ml1m.test, 24, seed=3)
 prompts = bu.build_prompts(ml1m, rows, made[-1])
 found = {"codes": [bu.digest(codes.users, codes.items) for codes in made], "prompts": bu.digest(prompts)}
 model, tokenizer = bu.load_llm(layers=2)
 found["scores"] = bu.score(model, tokenizer, prompts, progress=False).tolist()
 labels = rows.label.to_numpy()
-model, curve = bu.tune(model, tokenizer, prompts, labels, batch_size=5, lr=1e-2, seed=3, progress=False)
+model, curve = bu.tune(model, tokenizer, prompts, labels, batch_size=3, lr=1e-2, seed=3, progress=False)
 found["losses"] = curve.loss.tolist()
 found["tuned"] = bu.score(model, tokenizer, prompts, progress=False).tolist()
 print(json.dumps(found))

@@ -88,7 +88,7 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
     whole = bu.load_llm
 
     def two_layers(**_):
-        return whole(layers=2, nf4=False)
+        return whole(layers=1, nf4=False)
 
     for name, value in (("CACHE", tmp_path / "cache"), ("load_llm", two_layers)):
         monkeypatch.setattr(bu, name, value)
@@ -97,6 +97,7 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
     monkeypatch.setattr(adapters, "LONG_LESSONS", (("pairs", 16, 64, 0.1),))
     monkeypatch.setattr(bu, "cached_codes", lambda *_, **__: toy_codes)
     monkeypatch.setattr(adapters, "RECORDS", tmp_path)
+    monkeypatch.setattr(adapters, "LONG_CODES", (16, 1))
     return tmp_path
 
 
