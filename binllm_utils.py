@@ -577,6 +577,36 @@ def _template(style):
     return template, {field for field, _, _ in parts}
 
 
+def prompt_fields(style, titles, likes, users=None, items=None, fmt="bits", *, faithful=False):
+    """(template, {field: one text a prompt}): what `build_prompts` fills in, for whoever has titles and codes at hand.
+
+    titles: one a prompt; likes: a list of titles a prompt; users, items: codes [prompts, bits], where style asks them.
+    """
+    (template, wanted), write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
+    if write is None:
+        raise ValueError(f"format is {fmt!r}; choose from {', '.join(FORMATS)}, or give a function")
+    shown = str.strip if faithful else shown_title
+    fields = {"title": [f'"{shown(title)}"' for title in titles]}
+    if "likes" in wanted:
+        shown = str if faithful else shown_title  # the reference code strips the film's title only
+        quoted = (", ".join(f'"{shown(title)}"' for title in mine) for mine in likes)
+        fields["likes"] = [text or ("unkow" if faithful else "none so far") for text in quoted]
+    if wanted & {"user", "item", "pairs"}:
+        if users is None or items is None:
+            raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
+        fields |= {"user": list(map(write, users)), "item": list(map(write, items))}
+        if "pairs" in wanted:
+            fields["pairs"] = list(map(to_pairs, users, items))
+        if not all(isinstance(text, str) for text in fields["user"]):
+            raise ValueError(f"the format gives {fields['user'][0]!r}; it must turn a code into text")
+    return (template if faithful else template.replace(" \\n", "\n")), fields
+
+
+def fill(template, fields):
+    """The prompts that `prompt_fields` describes: list of texts."""
+    return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values())]
+
+
 def build_prompts(
     dataset, rows, codes=None, style="text+codes", fmt="bits", *, likes=10, history="sitting", faithful=False
 ):
@@ -593,31 +623,19 @@ def build_prompts(
     one second may come in another order. (Its literal "<s>" in front is LLaMA's start token; that tokenizer adds it.)
     Raises ValueError for an unknown style, format or history, or ids that have no code.
     """
-    (template, wanted), write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
-    if write is None or history not in ("sitting", "row"):
-        raise ValueError(f"format {fmt!r}, history {history!r}: choose from {', '.join(FORMATS)}; sitting, row")
-    shown = str.strip if faithful else shown_title
-    fields = {"title": [f'"{shown(dataset.titles[i])}"' for i in _ids(rows, "item", dataset.n_items, "title")]}
+    _, wanted = _template(style)
+    if history not in ("sitting", "row"):
+        raise ValueError(f"history is {history!r}; choose sitting or row")
+    titles, liked, sides = [dataset.titles[i] for i in _ids(rows, "item", dataset.n_items, "title")], None, ()
     if "likes" in wanted:
         then = rows.assign(timestamp=sittings(dataset, rows)) if history == "sitting" and not faithful else rows
-        nothing = "unkow" if faithful else "none so far"
-        shown = str if faithful else shown_title  # the reference code strips the film's title only
-        liked = liked_before(dataset, then, likes, same_second=faithful)
-        titles = [[f'"{shown(dataset.titles[i])}"' for i in mine] for mine in liked]
-        fields["likes"] = [", ".join(mine) or nothing for mine in titles]
-        if not any(titles) and then is not rows and any(map(len, liked_before(dataset, rows, likes))):
+        before = liked_before(dataset, then, likes, same_second=faithful)
+        liked = [[dataset.titles[i] for i in mine] for mine in before]
+        if not any(liked) and then is not rows and any(map(len, liked_before(dataset, rows, likes))):
             warnings.warn(NO_HISTORY, stacklevel=2)
-    if wanted & {"user", "item", "pairs"}:
-        if codes is None:
-            raise ValueError(f"style {style!r} writes codes into the prompt; pass codes=")
-        users, items = codes.of(rows)
-        fields |= {"user": list(map(write, users)), "item": list(map(write, items))}
-        if "pairs" in wanted:
-            fields["pairs"] = map(to_pairs, users, items)
-        if not all(isinstance(text, str) for text in fields["user"]):
-            raise ValueError(f"the format gives {fields['user'][0]!r}; it must turn a code into text")
-    template = template if faithful else template.replace(" \\n", "\n")
-    return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values())]
+    if wanted & {"user", "item", "pairs"} and codes is not None:
+        sides = codes.of(rows)
+    return fill(*prompt_fields(style, titles, liked, *sides, fmt=fmt, faithful=faithful))
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics

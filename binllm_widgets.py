@@ -209,40 +209,52 @@ class Reader:
 
 
 class Playground(ipywidgets.VBox):
-    """The prompt of a user and a film, live: flip bits, drop likes, change film or notation, and P(Yes) follows.
+    """The prompt of a user and a film, live: flip bits, drop likes, change user, film or notation; P(Yes) follows.
 
-    model: an LLM with an adapter (`bu.load_adapter`); it is asked with the adapter off and on. Controls answer at once
-    and one thread asks the model, always for the newest state, so that nothing piles up; `wait()` waits for it. While
-    it reads, do not ask the same model elsewhere: the adapter is switched off and on.
+    model: an LLM with an adapter (`bu.load_adapter`); it is asked with the adapter off and on. rows: one for each user
+    to choose from, with the history of that time. Controls answer at once and one thread asks the model, always for the
+    newest state, so that nothing piles up; `wait()` waits for it. While it reads, do not ask the same model elsewhere:
+    the adapter is switched off and on.
     """
 
-    def __init__(self, dataset, codes, model, tokenizer, row):
-        self.dataset, self.codes, self.reader, self.row = dataset, codes, Reader(model, tokenizer), row
-        self.code = codes.users[int(row.user.iloc[0])].copy()
-        (self.likes,) = bu.liked_before(dataset, row)
+    def __init__(self, dataset, codes, model, tokenizer, rows):
+        self.dataset, self.codes, self.reader, self.rows = dataset, codes, Reader(model, tokenizer), rows
+        self.liked = bu.liked_before(dataset, rows)
         self.result, self.asked, self.todo, self.thread = None, 0, threading.Event(), None
+        users = [(str(user), place) for place, user in enumerate(rows.user)]
+        self.user = ipywidgets.Dropdown(options=users, description="user")
         self.film = ipywidgets.Combobox(
-            value=dataset.titles[int(row.item.iloc[0])],
+            value=dataset.titles[int(rows.item.iloc[0])],
             options=dataset.titles,
             description="film",
             continuous_update=False,
         )
         self.notation = ipywidgets.Dropdown(options=list(bu.FORMATS), description="notation")
+        self.sides = [ipywidgets.HBox(layout=ipywidgets.Layout(flex_flow="row wrap")) for _ in range(2)]
+        self.view = ipywidgets.HTML()
+        self.user.observe(self._swapped, "value")
+        for control in (self.film, self.notation):
+            control.observe(self._changed, "value")
+        super().__init__([ipywidgets.HBox([self.user, self.film, self.notation]), *self.sides, self.view])
+        self._swapped()
+
+    def _swapped(self, _=None):
+        """Show the learned code and the likes of the user chosen."""
+        place = self.user.value
+        self.code = self.codes.users[int(self.rows.user.iloc[place])].copy()
         narrow = ipywidgets.Layout(width="30px", padding="0", margin="1px")
         self.bits = [
             ipywidgets.ToggleButton(
-                bool(bit), tooltip=f"flip bit {place} of the user", description=str(bit), layout=narrow
+                bool(bit), tooltip=f"flip bit {at} of the user", description=str(bit), layout=narrow
             )
-            for place, bit in enumerate(self.code)
+            for at, bit in enumerate(self.code)
         ]
-        self.shown = [ipywidgets.Checkbox(True, description=dataset.titles[i], indent=False) for i in self.likes]
-        self.view = ipywidgets.HTML()
-        for control in (self.film, self.notation, *self.bits, *self.shown):
-            control.observe(self._changed, "value")
-        rows = [
-            ipywidgets.HBox(part, layout=ipywidgets.Layout(flex_flow="row wrap")) for part in (self.bits, self.shown)
-        ]
-        super().__init__([ipywidgets.HBox([self.film, self.notation]), *rows, self.view])
+        titles = (self.dataset.titles[item] for item in self.liked[place])
+        self.shown = [ipywidgets.Checkbox(True, description=title, indent=False) for title in titles]
+        for side, controls in zip(self.sides, (self.bits, self.shown)):
+            side.children = controls
+            for control in controls:
+                control.observe(self._changed, "value")
         self._changed()
 
     def prompt(self):
@@ -250,12 +262,11 @@ class Playground(ipywidgets.VBox):
         title = self.film.value.strip()
         if title not in self.dataset.titles:
             raise ValueError(f"no film is called {title[:60]!r}" if title else "type a part of a title and choose one")
-        film, write = self.codes.items[self.dataset.titles.index(title)], bu.FORMATS[self.notation.value]
-        likes = ", ".join(f'"{bu.shown_title(box.description)}"' for box in self.shown if box.value)
-        values = {"likes": likes or "none so far", "title": f'"{bu.shown_title(title)}"'}
-        values |= {"user": write(self.code), "item": write(film)}
+        film = self.codes.items[self.dataset.titles.index(title)]
+        likes = [box.description for box in self.shown if box.value]
         self.similarity = float(bu.hamming_similarity(self.code, film))
-        return bu.TEMPLATES["text+codes"].replace(" \\n", "\n"), values
+        template, fields = bu.prompt_fields("text+codes", [title], [likes], [self.code], [film], self.notation.value)
+        return template, {name: texts[0] for name, texts in fields.items()}
 
     def _changed(self, _=None):
         for place, bit in enumerate(self.bits):

@@ -94,8 +94,8 @@ def test_bad_calls_are_named(toy, toy_codes):
         ({"style": "{film}?"}, r"style has the field \{film\}; there are likes, title, user, item, pairs"),
         ({"style": "{}?"}, r"style has the field \{\}; there are"),
         ({"style": "{title} }"}, "is no template: Single '}'"),
-        ({"fmt": "octal"}, "format 'octal', history 'sitting': choose from bits, dotted; sitting, row"),
-        ({"history": "future"}, "choose from bits, dotted; sitting, row"),
+        ({"fmt": "octal"}, "format is 'octal'; choose from bits, dotted, or give a function"),
+        ({"history": "future"}, "history is 'future'; choose sitting or row"),
     ):
         with pytest.raises(ValueError, match=said):
             bu.build_prompts(toy, toy.test, toy_codes, **wrong)

@@ -47,8 +47,8 @@ def play(toy, llm):
     """(playground, its model, tokenizer): two layers with an adapter that says something else than they do."""
     model = get_peft_model(llm[0], LoraConfig(**bu.LORA["all"] | {"init_lora_weights": False})).eval()
     codes = bu.Codes(np.eye(20, 16, dtype=int), np.eye(30, 16, dtype=int))
-    row = toy.test[[len(liked) > 3 for liked in bu.liked_before(toy, toy.test)]].head(1)
-    return bw.Playground(toy, codes, model, llm[1], row), model, llm[1]
+    rows = toy.test[[len(liked) > 3 for liked in bu.liked_before(toy, toy.test)]].drop_duplicates("user").head(2)
+    return bw.Playground(toy, codes, model, llm[1], rows), model, llm[1]
 
 
 def wanted(play, model, tokenizer):
@@ -62,9 +62,9 @@ def wanted(play, model, tokenizer):
 
 def test_the_playground_says_what_score_says_after_any_change(play, toy):
     play, model, tokenizer = play
-    rows = play.row
+    prompts = bu.build_prompts(toy, play.rows, play.codes, history="row")
     play.wait()
-    assert wanted(play, model, tokenizer)[2] == bu.build_prompts(toy, rows, play.codes, history="row")[0]
+    assert wanted(play, model, tokenizer)[2] == prompts[0]
     seen = []
     for change in (
         lambda: None,
@@ -80,6 +80,9 @@ def test_the_playground_says_what_score_says_after_any_change(play, toy):
         seen.append((prompt, round(got["after"], 9)))
         assert f"{got['after']:.3f}" in play.view.value and f"{got['similarity']:.3f}" in play.view.value
     assert len(set(seen)) == 5 and abs(got["before"] - got["after"]) > 1e-6
+    play.user.value, play.notation.value, play.film.value = 1, "bits", toy.titles[play.rows.item.iloc[1]]
+    assert abs(play.wait()["after"] - wanted(play, model, tokenizer)[1]) < 1e-5
+    assert wanted(play, model, tokenizer)[2] == prompts[1]  # another code and other likes
 
 
 def test_the_beginning_is_read_once(play):
@@ -114,7 +117,7 @@ def test_a_film_that_is_none_is_said_in_the_playground(play, title):
 
 def test_the_path_of_flips_goes_from_none_to_all(play, toy):
     play, *_ = play
-    path = bw.flip_path(toy, play.codes, play.reader, play.row)
+    path = bw.flip_path(toy, play.codes, play.reader, play.rows.head(1))
     assert path.similarity.tolist() == [n / 16 for n in range(17)] and path.after.nunique() > 5
 
 
