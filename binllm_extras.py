@@ -339,14 +339,25 @@ def fold_in(model, dataset, rows):
     return out.astype(np.float32)
 
 
-def _newton(vectors, labels, start, penalty, steps=8):
-    """Argmin over x of the logistic loss of vectors @ x plus penalty / 2 |x - start|^2; x's last number stays fixed."""
-    free, x = vectors[:, :-1], start.copy()
+def _newton(vectors, labels, start, penalty, steps=20):
+    """Argmin over x of the logistic loss of vectors @ x plus penalty / 2 |x - start|^2; x's last number stays fixed.
+
+    Newton's steps, each halved until the loss falls: from far away a whole one would overshoot, and never come back.
+    """
+
+    def loss(x):
+        logits = vectors @ x
+        return (np.logaddexp(0, logits) - labels * logits).sum() + penalty / 2 * ((x - start) ** 2).sum()
+
+    free, x = vectors[:, :-1], start.astype(float)
     for _ in range(steps):
-        p = 1 / (1 + np.exp(-(vectors @ x)))
+        p = np.exp(-np.logaddexp(0, -(vectors @ x)))
         slope = free.T @ (p - labels) + penalty * (x - start)[:-1]
-        curvature = (free.T * (p * (1 - p))) @ free + penalty * np.eye(len(slope))
-        x[:-1] -= np.linalg.solve(curvature, slope)
+        step = np.append(np.linalg.solve((free.T * (p * (1 - p))) @ free + penalty * np.eye(len(slope)), slope), 0)
+        size = next((size for size in 0.5 ** np.arange(12) if loss(x - size * step) < loss(x)), 0)
+        x = x - size * step
+        if size * np.abs(step).max() < 1e-6:
+            break
     return x
 
 

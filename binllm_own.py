@@ -500,7 +500,17 @@ def ml100k_files(cache=None):
     return tuple(folder / name for name in names)
 
 
-# -------------------------------------------------------------------------------------------------------------- verdict
+# -------------------------------------------------------------------------------------------------- prompts and verdict
+def template_about(style, thing):
+    """The template that `style` names, with a "book", "song" or "article" where the paper's says "movie"."""
+    import binllm_utils as bu
+
+    if not re.fullmatch(r"[^\W\d_]{1,30}", thing):
+        raise ValueError(f"{thing!r:.60} is no word for what the items are; give one such as book")
+    template, _ = bu._template(style)
+    return template.replace("movie", thing)
+
+
 def verdict(rows, scores):
     """(table, sentence): does the last of `scores` ({method: one number a row}) rank `rows` better than each other one?
 
@@ -516,29 +526,3 @@ def verdict(rows, scores):
         sure = "better than" if gap.low > 0 else "worse than" if gap.high < 0 else "not surely different from"
         told.append(f"{sure} {other} ({gap.difference:+.3f} AUC, 95 % from {gap.low:+.3f} to {gap.high:+.3f})")
     return table, f"On {len(rows):,} rows {mine} rank {'; '.join(told)}."
-
-
-def main(arguments):
-    """python binllm_own.py FILE [TITLES]: the report, then codes against counting, in a table and a sentence."""
-    import sys
-
-    import binllm_utils as bu
-
-    if not 1 <= len(arguments) <= 2 or arguments[0].startswith("-"):
-        sys.exit("python binllm_own.py FILE [FILE WITH TITLES]")
-    try:
-        read = read_interactions(arguments[0], titles=arguments[1] if len(arguments) > 1 else None)
-        print(read.table.to_string(header=False))
-        data = read.split()
-        codes, _ = bu.fit_codes(data)
-        scores = {"counting": bu.popularity_baseline(data, data.test), "codes": codes.similarity(data.test)}
-        table, sentence = verdict(data.test, scores)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    print(f"\n{table.to_string()}\n\n{sentence}")
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])

@@ -826,3 +826,9 @@ def save_figure(fig, name, alt):
     except OSError as error:
         print(f"the picture is shown but not kept: {error}")
     return Image(picture.getvalue(), alt=alt, width=int(fig.get_figwidth() * 100))
+
+
+if __name__ == "__main__":
+    from binllm_cli import main
+
+    raise SystemExit(main())

@@ -412,18 +412,11 @@ def test_the_verdict_says_what_the_paired_test_says(toy):
         assert table.auc["codes"] == round(bu.auc(toy.test.label, scores["codes"]), 4)
 
 
-def test_the_command_line_tells_report_and_verdict(tmp_path, capsys):
-    bo.main([str(as_csv(tmp_path, make_rows(0, 500)))])
-    said = capsys.readouterr().out
-    assert "rows" in said and "500" in said and "On " in said and "codes rank" in said
-    one_each = write(
-        tmp_path, "user,item,rating\n" + "".join(f"{n},{n % 7},{n % 5 + 1}\n" for n in range(60)), "one.csv"
-    )
-    for bad, message in (
-        ([], "FILE"),
-        (["--help"], "FILE"),
-        ([str(tmp_path / "none")], "is not there"),
-        ([str(one_each)], ""),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            bo.main(bad)
+@pytest.mark.parametrize("style", ["text", "text+codes", "codes"])
+def test_a_prompt_may_be_about_books(toy, toy_codes, style):
+    films = bu.build_prompts(toy, toy.test, toy_codes, style)
+    books = bu.build_prompts(toy, toy.test, toy_codes, bo.template_about(style, "book"))
+    assert [prompt.replace("movie", "book") for prompt in films] == books != films
+    for thing in ("", "two words", "{likes}", "<b>", "x" * 40):
+        with pytest.raises(ValueError, match="no word for what the items are"):
+            bo.template_about(style, thing)

@@ -1,0 +1,205 @@
+"""python -m binllm_utils COMMAND: codes, tuning, scores and recommendations for a file of interactions, from a shell.
+
+DATA is a file with users, items and ratings (CSV, TSV, Parquet, JSON lines: see binllm_own.py), or the word ml-1m.
+Progress goes to stderr, the answer to stdout as one JSON object. Exit status: 0, 1 for what went wrong (one line says
+it), 2 for a wrong command line, 130 after Ctrl-C; what was begun is kept where it can be gone on with.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import sys
+import zipfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import binllm_own as bo
+import binllm_utils as bu
+
+
+def parser():
+    made = argparse.ArgumentParser("python -m binllm_utils", description=__doc__.split("\n\n")[0])
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("data", metavar="DATA", help="a file of interactions, or ml-1m")
+    data.add_argument("--titles", help="a second file, with items and their titles")
+    data.add_argument("--like", type=float, help="the least value that counts as liked")
+    coded = argparse.ArgumentParser(add_help=False)
+    coded.add_argument("--codes", help="what the command codes wrote; else codes are learned now")
+    tuned = argparse.ArgumentParser(add_help=False)
+    tuned.add_argument("--adapter", help="what the command tune wrote; else similarity alone is used")
+    person = argparse.ArgumentParser(add_help=False)
+    person.add_argument("--user", help="a user of the data, by id")
+    person.add_argument("--likes", nargs="+", default=[], help="items that are liked, by title or id")
+    person.add_argument("--dislikes", nargs="+", default=[], help="items that are not liked")
+
+    def add(name, how, *parents):
+        command = commands.add_parser(name, parents=[data, *parents], help=how.__doc__.split("\n")[0])
+        command.set_defaults(how=how)
+        return command
+
+    add("try", try_out)
+    codes = add("codes", make_codes)
+    codes.add_argument("--out", required=True, help="the file to write, .npz")
+    codes.add_argument("--bits", type=int, default=32)
+    codes.add_argument("--recipe", default="ste", help=f"one of {', '.join(bu.RECIPES)}")
+    tune = add("tune", tune_llm, coded)
+    tune.add_argument("--out", required=True, help="the folder to write the adapter to")
+    tune.add_argument("--rows", type=int, default=1024, help="training rows, whole sittings")
+    tune.add_argument("--style", default="text+codes", help=f"one of {', '.join(bu.TEMPLATES)}")
+    tune.add_argument("--format", default="bits", help=f"one of {', '.join(bu.FORMATS)}")
+    tune.add_argument("--things", default="movie", help="what the items are, in the singular: book, song, article")
+    tune.add_argument("--llm", help="a folder or hub name; else SmolLM2-135M")
+    score = add("score", score_items, coded, tuned, person)
+    score.add_argument("--items", nargs="+", required=True, help="the items in question, by title or id")
+    recommend = add("recommend", recommend_items, coded, tuned, person)
+    recommend.add_argument("-n", type=int, default=10)
+    serve = add("serve", serve_http, coded, tuned)
+    serve.add_argument("--port", type=int, default=8765)
+    serve.add_argument("--address", default="127.0.0.1", help="others than this machine need BINLLM_TOKEN")
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- data and codes
+def read(asked):
+    """(Dataset, ids of its users, ids of its items, report): ids as they are written in the file."""
+    if asked.data == "ml-1m":
+        dataset = bu.load_ml1m()
+        return dataset, [str(user) for user in range(dataset.n_users)], list(dataset.titles), {}
+    found = bo.read_interactions(asked.data, titles=asked.titles)
+    return found.split(like=asked.like, name=Path(asked.data).stem), found.users, found.items, found.report
+
+
+def write_codes(path, codes, users, items):
+    """Keep codes with the ids that they belong to."""
+    with bu.replacing(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, users=codes.users, items=codes.items, user_ids=users, item_ids=items)
+
+
+def read_codes(path, users, items):
+    """The `Codes` that `write_codes` kept, put in the order of these ids; raises ValueError where one has no code."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            sides = [(kept[f"{side}s"], kept[f"{side}_ids"].tolist()) for side in ("user", "item")]
+        tables = bu.Codes(*(table for table, _ in sides))
+        if any(len(table) != len(ids) for table, (_, ids) in zip((tables.users, tables.items), sides)):
+            raise ValueError("not a code for each id")
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no codes ({error!s:.200}); make them with the command codes") from None
+    places = [pd.Index(ids).get_indexer(wanted) for (_, ids), wanted in zip(sides, (users, items))]
+    for what, place, ids in zip(("users", "items"), places, (users, items)):
+        if (place < 0).any():
+            lacking = ids[int(np.argmax(place < 0))]
+            raise ValueError(f"{path} lacks codes of {(place < 0).sum()} {what}, such as {lacking!r}; make them again")
+    return bu.Codes(tables.users[places[0]], tables.items[places[1]])
+
+
+def codes_for(asked, dataset, users, items):
+    """The codes asked for, or new ones."""
+    return read_codes(asked.codes, users, items) if asked.codes else bu.cached_codes(dataset)
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+def try_out(asked):
+    """do codes rank better than counting on your data? a report and a verdict
+
+    Codes learned now against counting likes, on the latest tenth of the rows.
+    """
+    dataset, _, _, report = read(asked)
+    codes, _ = bu.fit_codes(dataset)
+    scores = {"counting": bu.popularity_baseline(dataset, dataset.test), "codes": codes.similarity(dataset.test)}
+    table, sentence = bo.verdict(dataset.test, scores)
+    return {"report": report, "table": table.to_dict("index"), "verdict": sentence}
+
+
+def make_codes(asked):
+    """learn a binary code for each user and item"""
+    dataset, users, items, _ = read(asked)
+    codes, curve = bu.fit_codes(dataset, asked.bits, recipe=asked.recipe)
+    write_codes(asked.out, codes, users, items)
+    quality = bu.evaluate(dataset.test, codes.similarity(dataset.test))
+    return {"codes": asked.out, "users": len(users), "items": len(items), "epochs": len(curve), "test": quality}
+
+
+def tune_llm(asked):
+    """tune an LLM on the data's own prompts; goes on where it was stopped"""
+    dataset, users, items, _ = read(asked)
+    codes = codes_for(asked, dataset, users, items) if asked.style != "text" else None
+    model, tokenizer = bu.load_llm(asked.llm)
+    rows = bu.sample_sittings(dataset, asked.rows)
+    style = bo.template_about(asked.style, asked.things)
+    prompts = bu.build_prompts(dataset, rows, codes, style, asked.format)
+    kept = bu.CACHE / "checkpoints" / bu.digest([model.name_or_path, *prompts], rows)
+    model, curve = bu.tune(model, tokenizer, prompts, rows.label, folder=kept)
+    card = {"style": style, "format": asked.format, "llm": model.name_or_path, "rows": len(rows), "data": dataset.name}
+    bu.save_adapter(model, asked.out, card, curve)
+    shutil.rmtree(kept)
+    return {"adapter": asked.out, "rows": len(rows), "steps": len(curve), "loss": round(curve.loss.tail(10).mean(), 4)}
+
+
+def recommender(asked):
+    """The `Recommender` of a command line's data, codes and adapter."""
+    import binllm_serve as bs
+
+    dataset, users, items, _ = read(asked)
+    codes, llm = codes_for(asked, dataset, users, items), {}
+    if asked.adapter:
+        try:
+            card = json.loads(Path(asked.adapter, "card.json").read_text())
+            written = {"style": str(card["style"]), "fmt": str(card["format"])}
+            model, tokenizer = bu.load_llm(None if card["llm"] == bu.SMOLLM2 else str(card["llm"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{asked.adapter} is no adapter of the command tune: {error!r:.200}") from None
+        llm = {"model": bu.load_adapter(model, asked.adapter), "tokenizer": tokenizer} | written
+    return bs.Recommender(dataset, codes, **llm, users=users, items=items)
+
+
+def person_of(asked):
+    return {"user": asked.user, "likes": asked.likes, "dislikes": asked.dislikes}
+
+
+def table_of(found):
+    return {"items": found.astype(object).where(found.notna(), None).to_dict("records")}
+
+
+def score_items(asked):
+    """what somebody would think of some items"""
+    return table_of(recommender(asked).score(asked.items, **person_of(asked)))
+
+
+def recommend_items(asked):
+    """the best items for a user of the data, or for anybody who likes some items"""
+    return table_of(recommender(asked).recommend(**person_of(asked), n=asked.n))
+
+
+def serve_http(asked):
+    """answer over HTTP: GET /health, POST /recommend, POST /score"""
+    import binllm_serve as bs
+
+    def ready(port):
+        print(f"serving on http://{asked.address}:{port}, Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    made, token = recommender(asked), os.environ.get("BINLLM_TOKEN")
+    asyncio.run(bs.serve(made, asked.port, asked.address, token, ready))
+
+
+def main(arguments=None):
+    """The exit status of a command line; what it prints is said at the top of this file."""
+    asked = parser().parse_args(arguments)
+    bu.quiet()
+    try:
+        with redirect_stdout(sys.stderr):
+            answer = asked.how(asked)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
+    return 0

@@ -1,0 +1,316 @@
+"""Recommending: the nearest films by Hamming search, asked about in one pass, with reasons; and the same over HTTP.
+
+`Recommender` answers for users it knows, and for anybody who names films: that person's code is made at once.
+`serve` is a small service of it, on this machine only unless a token is given. Notebook 11 shows both.
+"""
+
+import asyncio
+import difflib
+import hmac
+import ipaddress
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import faiss
+import numpy as np
+import pandas as pd
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+# How sharply agreeing bits speak for a like, and how strongly a new code is held at the average one: chosen on valid.
+SCALE, PENALTY = 4.0, 1.0
+
+
+def code_of_ratings(codes, items, labels, average):
+    """The code of somebody who liked (1) or did not like (0) `items`: uint8 [bits]; nothing is trained anew.
+
+    The signs of the weights of a logistic regression of `labels` on the items' bits (as -1 and +1), held at `average`,
+    float [bits], the mean of known users' codes (as -1 and +1): what remains where nothing is known.
+    """
+    signs = 2.0 * codes.items[np.asarray(items, dtype=int)] - 1
+    if not len(signs):
+        return (average > 0).astype(np.uint8)
+    vectors = np.c_[SCALE / codes.bits * signs, np.zeros(len(signs))]  # the last number would be an offset
+    x = bx._newton(vectors, np.asarray(labels, dtype=float), np.append(average, 1.0), PENALTY)
+    return (x[:-1] > 0).astype(np.uint8)
+
+
+def bit_meanings(dataset, codes, least=20):
+    """[(tag, tag)] a bit: what goes along with its 0 and with its 1 most, by the difference in the tag's share.
+
+    Of tags that `least` items or more have; (None, None) where the data has no such tags.
+    """
+    tags = sorted({tag for mine in dataset.tags or () for tag in mine})
+    has = np.array([[tag in mine for tag in tags] for mine in dataset.tags or ()], dtype=float)
+    common = np.flatnonzero(has.sum(0) >= least) if len(tags) else []
+    if not len(common):
+        return [(None, None)] * codes.bits
+    has, on = has[:, common], codes.items.astype(float)
+    share = on.T @ has / np.maximum(on.sum(0), 1)[:, None] - (1 - on).T @ has / np.maximum((1 - on).sum(0), 1)[:, None]
+    return [(tags[common[low]], tags[common[high]]) for low, high in zip(share.argmin(1), share.argmax(1))]
+
+
+class Recommender:
+    """The best items for somebody: retrieved by Hamming search over all, asked about by an LLM if there is one.
+
+    model, tokenizer: an LLM with its adapter, or None to rank by similarity alone. style, fmt: how prompts are written,
+    as in `bu.build_prompts`. users, items: texts by which they may be named too, one each, in the data set's order.
+    Raises ValueError for codes of another data set.
+    """
+
+    def __init__(self, dataset, codes, model=None, tokenizer=None, style="text+codes", fmt="bits", users=(), items=()):
+        if (len(codes.users), len(codes.items)) != (dataset.n_users, dataset.n_items):
+            raise ValueError(
+                f"codes of {len(codes.users)} users and {len(codes.items)} items for a data set of "
+                f"{dataset.n_users} and {dataset.n_items}; make them from this data set"
+            )
+        self.dataset, self.codes, self.model, self.tokenizer = dataset, codes, model, tokenizer
+        self.style, self.fmt, self.reading = style, fmt, threading.Lock()
+        self.index = faiss.IndexBinaryFlat(codes.bits)
+        self.index.add(np.packbits(codes.items, axis=1))
+        self.average = 2.0 * codes.users[np.unique(dataset.train.user)].mean(0) - 1
+        self.meanings = bit_meanings(dataset, codes)
+        log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
+        self.past = {user: (own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")}
+        self.count = np.bincount(dataset.log.item, minlength=dataset.n_items)
+        self.users = {name: user for user, name in enumerate(users)}
+        self.items = {title.casefold(): item for item, title in reversed(list(enumerate(dataset.titles)))}
+        self.items |= {str(name).casefold(): item for item, name in enumerate(items)}
+
+    def find(self, what):
+        """The place of an item named by it, its id or its title; raises ValueError for none, with titles near it."""
+        if isinstance(what, (int, np.integer)) and not isinstance(what, bool) and 0 <= what < self.dataset.n_items:
+            return int(what)
+        item = self.items.get(what.strip().casefold()) if isinstance(what, str) else None
+        if item is None:
+            text = str(what).strip().casefold()[:100]
+            near = [name for name in self.items if text and text in name][:3]
+            near = near or difflib.get_close_matches(text, self.items, 3)
+            hint = f"; near it: {', '.join(self.dataset.titles[self.items[name]] for name in near)}" * bool(near)
+            raise ValueError(f"there is no item {str(what)[:80]!r}{hint}")
+        return item
+
+    def find_user(self, who):
+        """The place of a user named by it or by id; raises ValueError for none."""
+        if isinstance(who, (int, np.integer)) and not isinstance(who, bool) and 0 <= who < self.dataset.n_users:
+            return int(who)
+        if not isinstance(who, str) or who not in self.users:
+            known = next(iter(self.users), None)
+            known = f"their ids are like {known!r}" if known else f"they go from 0 to {self.dataset.n_users - 1}"
+            raise ValueError(f"there is no user {str(who)[:80]!r}; {known}")
+        return self.users[who]
+
+    def taste(self, user=None, likes=(), dislikes=()):
+        """(code uint8 [bits], items liked, items known): a known user's, with any new ratings, or a new one's.
+
+        Raises ValueError for nobody: no user and no like or dislike.
+        """
+        items, labels = np.empty(0, int), np.empty(0, int)
+        if user is not None:
+            user = self.find_user(user)
+            items, labels = self.past.get(user, (items, labels))
+        new = [(self.find(what), label) for given, label in ((dislikes, 0), (likes, 1)) for what in given]
+        if user is None and not new:
+            raise ValueError("name a user, or items that are liked or not liked")
+        twice = {item for item, label in new if label} & {item for item, label in new if not label}
+        if twice:
+            raise ValueError(f"{self.dataset.titles[twice.pop()]!r} is among both likes and dislikes")
+        items = np.r_[items, [item for item, _ in new]].astype(int)
+        labels = np.r_[labels, [label for _, label in new]].astype(int)
+        # a known user without news has the learned code
+        code = code_of_ratings(self.codes, items, labels, self.average) if new else self.codes.users[user]
+        return code, items[labels == 1], items
+
+    def recommend(self, user=None, likes=(), dislikes=(), n=10, candidates=50):
+        """The `n` best items that are new to somebody: DataFrame item, title, similarity, p, because; the best first.
+
+        The `candidates` nearest codes are asked about, in one pass that reads the likes once, and ordered by P(Yes),
+        p; without an LLM p is NaN. What is equal is ordered by similarity, then by how often it was rated.
+        Raises ValueError as `taste` and `find` do.
+        """
+        code, liked, known = self.taste(user, likes, dislikes)
+        wanted = max(n, candidates)
+        _, found = self.index.search(np.packbits(code)[None], min(self.dataset.n_items, wanted + len(set(known))))
+        items = found[0][~np.isin(found[0], known)][:wanted]
+        table = pd.DataFrame({"item": items, "title": [self.dataset.titles[item] for item in items]})
+        table["similarity"] = bu.hamming_similarity(code, self.codes.items[items])
+        table["p"] = self.ask(code, liked, items) if self.model is not None and len(items) else np.nan
+        order = np.lexsort([-self.count[items], -table.similarity, -table.p.fillna(0)])[:n]
+        table = table.iloc[order].reset_index(drop=True)
+        table["because"] = [self.because(code, liked, item) for item in table.item]
+        return table
+
+    def score(self, items=(), user=None, likes=(), dislikes=()):
+        """What somebody would think of these items: DataFrame item, title, similarity, p, in the order given."""
+        items = [self.find(what) for what in items]
+        if not items:
+            raise ValueError("name the items to be scored")
+        code, liked, _ = self.taste(user, likes, dislikes)
+        table = pd.DataFrame({"item": items, "title": [self.dataset.titles[item] for item in items]})
+        table["similarity"] = bu.hamming_similarity(code, self.codes.items[items])
+        table["p"] = self.ask(code, liked, items) if self.model is not None else np.nan
+        return table
+
+    def ask(self, code, liked, items):
+        """P(Yes) of `items` for somebody of that code and those likes: float64 [items], by one reading of the likes."""
+        shown = [[self.dataset.titles[item] for item in liked[-10:]]] * len(items)
+        titles = [self.dataset.titles[item] for item in items]
+        sides = np.tile(code, (len(items), 1)), self.codes.items[items]
+        prompts = bu.fill(*bu.prompt_fields(self.style, titles, shown, *sides, fmt=self.fmt))
+        with self.reading:  # one at a time: a model is not made for two threads
+            return bu.score(self.model, self.tokenizer, prompts, progress=False)
+
+    def because(self, code, liked, item):
+        """Why an item is near, in words: bits that agree, what they go along with, and the likes it is most like."""
+        film, agree = self.codes.items[item], code == self.codes.items[item]
+        words = f"{agree.sum()} of {len(code)} bits agree"
+        tags = set(self.dataset.tags[item]) if self.dataset.tags else ()
+        speaking = {self.meanings[bit][film[bit]]: bit for bit in reversed(np.flatnonzero(agree))}
+        told = [f"bit {bit}: {tag}" for tag, bit in speaking.items() if tag in tags]
+        words += f" ({', '.join(told[:2])})" * bool(told)
+        if len(liked):
+            near = bu.hamming_similarity(film, self.codes.items[liked])
+            order = np.argsort(-near, kind="stable")[:2]
+            words += "; like " + ", ".join(f"{self.dataset.titles[liked[at]]} ({near[at]:.2f})" for at in order)
+        return words
+
+
+# ------------------------------------------------------------------------------------------------------------- service
+MOST = {"n": 100, "items": 100, "likes": 200, "dislikes": 200, "bytes": 65_536, "waiting": 32}
+LIST, NUMBER, ID = (list,), (int,), (int, str)  # kinds of fields
+KINDS = {LIST: "a list", NUMBER: "a whole number", ID: "an id"}
+
+
+class _Handler(tornado.web.RequestHandler):
+    """JSON in, JSON out; errors too."""
+
+    def initialize(self, service):
+        self.service = service
+
+    def set_default_headers(self):
+        self.set_header("Content-Type", "application/json; charset=utf-8")
+        self.set_header("X-Content-Type-Options", "nosniff")
+
+    def prepare(self):
+        """Refuse who has no token, and pages of other sites that a browser on this machine shows."""
+        if self.service.token:
+            given = self.request.headers.get("Authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {self.service.token}".encode()):
+                raise tornado.web.HTTPError(401, reason="the header Authorization must hold Bearer and the token")
+        elif not _is_loopback(self.request.host_name):
+            raise tornado.web.HTTPError(403, reason="ask for localhost")
+
+    def write_error(self, status_code, **_):
+        self.finish({"error": self._reason})
+
+    def fields(self, **wanted):
+        """The fields of the request's JSON object, each of a kind in `wanted`; others are refused."""
+        if self.request.headers.get("Content-Type", "").split(";")[0].strip() != "application/json":
+            raise ValueError("the header Content-Type must be application/json")
+        try:
+            given = json.loads(self.request.body)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError("the body must be a JSON object")
+        for name, value in given.items():
+            if name not in wanted:
+                raise ValueError(f"there is no field {name[:40]!r}; there are {', '.join(wanted)}")
+            if type(value) not in wanted[name]:
+                raise ValueError(f"{name} must be {KINDS[wanted[name]]}")
+            size, most = (len(value), MOST[name]) if type(value) is list else (value, MOST.get(name, value))
+            if name != "user" and (size > most or (name in ("n", "items") and size < 1)):
+                raise ValueError(f"{name}: {size}; 1 to {most} can be asked for")
+        return given
+
+    async def answer(self, work, **wanted):
+        """Send the table that `work` makes of the fields, in the service's one thread; a ValueError is the asker's."""
+        if self.service.waiting >= MOST["waiting"]:
+            self.set_header("Retry-After", "1")
+            raise tornado.web.HTTPError(503, reason="too many are waiting; ask again later")
+        self.service.waiting += 1
+        try:
+            asked = partial(work, **self.fields(**wanted))
+            table = await asyncio.get_running_loop().run_in_executor(self.service.thread, asked)
+        except ValueError as error:
+            self.set_status(400)
+            return self.finish({"error": str(error)})
+        finally:
+            self.service.waiting -= 1
+        table["p"] = table.p.astype(object).where(table.p.notna(), None)  # JSON has no NaN
+        self.finish({"items": table.to_dict("records")})
+
+
+class _Health(_Handler):
+    def get(self):
+        recommender = self.service.recommender
+        size = {"users": recommender.dataset.n_users, "items": recommender.dataset.n_items}
+        llm = getattr(recommender.model, "name_or_path", None)
+        self.finish(
+            {"status": "ok", "bits": recommender.codes.bits, "llm": llm, "waiting": self.service.waiting} | size
+        )
+
+
+class _Recommend(_Handler):
+    async def post(self):
+        await self.answer(self.service.recommender.recommend, user=ID, likes=LIST, dislikes=LIST, n=NUMBER)
+
+
+class _Score(_Handler):
+    async def post(self):
+        await self.answer(self.service.recommender.score, items=LIST, user=ID, likes=LIST, dislikes=LIST)
+
+
+class Service:
+    """What the handlers share: the recommender, one thread that works, and how many wait for it."""
+
+    def __init__(self, recommender, token=None):
+        self.recommender, self.token, self.waiting = recommender, token, 0
+        self.thread = ThreadPoolExecutor(1)
+
+    def app(self):
+        """The tornado application: GET /health, POST /recommend, POST /score."""
+        paths = {"/health": _Health, "/recommend": _Recommend, "/score": _Score}
+        routes = [(path, handler, {"service": self}) for path, handler in paths.items()]
+        other = {"default_handler_class": _Other, "default_handler_args": {"service": self}}
+        return tornado.web.Application(routes, **other)
+
+
+class _Other(_Handler):
+    def prepare(self):
+        super().prepare()
+        raise tornado.web.HTTPError(404, reason="there are GET /health, POST /recommend and POST /score")
+
+
+def _is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+async def serve(recommender, port=8765, address="127.0.0.1", token=None, ready=None):
+    """Serve `recommender` until cancelled. ready: a function that is told the port (0 takes a free one).
+
+    Raises ValueError when others could ask without a token, OSError when the port is taken.
+    """
+    if not token and not _is_loopback(address):
+        raise ValueError(f"{address} can be reached from elsewhere; give a token, or serve on 127.0.0.1")
+    service = Service(recommender, token)
+    limits = {"max_body_size": MOST["bytes"], "max_buffer_size": 2 * MOST["bytes"], "body_timeout": 10}
+    server = tornado.httpserver.HTTPServer(service.app(), idle_connection_timeout=60, **limits)
+    try:
+        sockets = tornado.netutil.bind_sockets(port, address)
+        server.add_sockets(sockets)
+        if ready:
+            ready(sockets[0].getsockname()[1])
+        await asyncio.Event().wait()
+    finally:
+        server.stop()
+        service.thread.shutdown(cancel_futures=True)

@@ -1,0 +1,187 @@
+"""python -m binllm_utils: JSON on stdout, all else on stderr, exit statuses, and the way from a file to an answer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_rows
+
+import binllm_cli as bc
+import binllm_utils as bu
+
+
+@pytest.fixture
+def ratings(tmp_path):
+    """A file with the pattern of the toy data, ids as texts, a title each."""
+    rows = make_rows(0, 400).assign(rating=lambda r: 1 + 4 * r.label)
+    rows = rows.assign(
+        user="u" + rows.user.astype(str), title="Film " + rows.item.astype(str), item="B" + rows.item.astype(str)
+    )
+    rows[["user", "item", "rating", "timestamp", "title"]].to_csv(tmp_path / "r.csv", index=False)
+    return str(tmp_path / "r.csv")
+
+
+@pytest.fixture
+def small_llm(monkeypatch):
+    """Two layers in place of the whole LLM."""
+    whole = bu.load_llm
+    monkeypatch.setattr(bu, "load_llm", lambda name=None: whole(name, layers=2))
+
+
+def said(capsys, *arguments):
+    """The JSON that a command prints; it must end well."""
+    assert bc.main(list(map(str, arguments))) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_verdict_of_a_file(ratings, capsys):
+    found = said(capsys, "try", ratings)
+    assert found["report"]["rows"] == 400 and "codes rank" in found["verdict"]
+    assert set(found["table"]) == {"counting", "codes"} and 0 < found["table"]["codes"]["auc"] <= 1
+
+
+def test_from_a_file_to_codes_an_adapter_and_recommendations(ratings, tmp_path, capsys, small_llm):
+    codes, adapter = tmp_path / "codes.npz", tmp_path / "adapter"
+    made = said(capsys, "codes", ratings, "--out", codes, "--bits", 16)
+    assert (made["users"], made["items"]) == (20, 30)
+    plain = said(capsys, "recommend", ratings, "--codes", codes, "--user", "u4", "-n", 3)["items"]
+    assert len(plain) == 3 and plain[0]["p"] is None and plain[0]["title"].startswith("Film ")
+    same = said(capsys, "recommend", ratings, "--codes", codes, "--user", "u4", "-n", 3)["items"]
+    assert plain == same
+    tuned = said(
+        capsys,
+        "tune",
+        ratings,
+        "--codes",
+        codes,
+        "--out",
+        adapter,
+        "--rows",
+        40,
+        "--things",
+        "book",
+        "--format",
+        "dotted",
+    )
+    assert tuned["rows"] >= 40 and tuned["steps"] >= 1
+    card = json.loads((adapter / "card.json").read_text())
+    assert "books" in card["style"] and "movie" not in card["style"] and card["format"] == "dotted"
+    asked = ("score", ratings, "--codes", codes, "--user", "u4", "--items", "B3", "film 4")
+    with_llm = said(capsys, *asked, "--adapter", adapter)["items"]
+    without = said(capsys, *asked)["items"]
+    assert [line["title"] for line in with_llm] == [line["title"] for line in without] == ["Film 3", "Film 4"]
+    assert all(0 < line["p"] < 1 for line in with_llm) and all(line["p"] is None for line in without)
+
+
+def test_codes_belong_to_ids_not_to_places(tmp_path):
+    rng = np.random.default_rng(0)
+    codes, users, items = bu.Codes(rng.integers(0, 2, (3, 16)), rng.integers(0, 2, (4, 16))), list("abc"), list("wxyz")
+    bc.write_codes(tmp_path / "c.npz", codes, users, items)
+    found = bc.read_codes(tmp_path / "c.npz", ["c", "a"], ["z", "w", "y", "x"])
+    assert np.array_equal(found.users, codes.users[[2, 0]]) and np.array_equal(found.items, codes.items[[3, 0, 2, 1]])
+    with pytest.raises(ValueError, match="lacks codes of 1 users, such as 'd'"):
+        bc.read_codes(tmp_path / "c.npz", ["a", "d"], items)
+    for name, content in (("text.npz", b"text"), ("empty.npz", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} holds no codes"):
+            bc.read_codes(tmp_path / name, users, items)
+    np.savez(tmp_path / "pickled.npz", users=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="holds no codes"):
+        bc.read_codes(tmp_path / "pickled.npz", users, items)
+    np.savez(tmp_path / "short.npz", users=codes.users, items=codes.items, user_ids=users[:2], item_ids=items)
+    with pytest.raises(ValueError, match="not a code for each id"):
+        bc.read_codes(tmp_path / "short.npz", users, items)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["try", "none.csv"], "none.csv is not there"),
+        (["codes", "{ratings}", "--out", "x.npz", "--bits", "7"], "bits is 7"),
+        (["codes", "{ratings}", "--out", "x.npz", "--recipe", "soup"], "recipe is 'soup'"),
+        (["tune", "{ratings}", "--out", "x", "--style", "poem"], "style is 'poem'"),
+        (["tune", "{ratings}", "--out", "x", "--things", "two words"], "no word for what the items are"),
+        (["recommend", "{ratings}", "--user", "nobody"], "there is no user 'nobody'"),
+        (["recommend", "{ratings}"], "name a user, or items"),
+        (["recommend", "{ratings}", "--user", "u1", "--codes", "none.npz"], "none.npz"),
+        (["recommend", "{ratings}", "--user", "u1", "--adapter", "{tmp}"], "no adapter of the command tune"),
+        (["serve", "{ratings}", "--address", "0.0.0.0", "--port", "0"], "give a token"),
+    ],
+)
+def test_what_goes_wrong_is_a_line_on_stderr(ratings, tmp_path, capsys, arguments, message, monkeypatch, small_llm):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BINLLM_TOKEN", raising=False)
+    real = bu.fit_codes
+    monkeypatch.setattr(bu, "fit_codes", lambda *a, **k: real(*a, **{"max_epochs": 2} | k))
+    monkeypatch.setattr(bu, "cached_codes", lambda data: bu.fit_codes(data, 16)[0])
+    assert bc.main([part.format(ratings=ratings, tmp=tmp_path) for part in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert (
+        out == "" and message in err and "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
+    )
+    assert sorted(os.listdir(tmp_path)) == ["r.csv"]  # nothing is written, and nothing lost
+
+
+def test_a_wrong_command_line_ends_with_2(capsys):
+    for arguments in ([], ["sing"], ["codes", "x"], ["recommend", "x", "-n", "many"]):
+        with pytest.raises(SystemExit) as ended:
+            bc.main(arguments)
+        assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        bc.main(["--help"])
+    assert ended.value.code == 0 and "recommend" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(ratings, tmp_path, capsys, small_llm, monkeypatch):
+    monkeypatch.setattr(bu, "cached_codes", lambda data: bu.fit_codes(data, 16, max_epochs=3, progress=False)[0])
+    monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")
+    steps, real = [], bu.tune
+
+    def stopped(*given, **options):
+        curve = real(*given, **options | {"save_seconds": 0})
+        steps.append(len(curve[1]))
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+        return curve
+
+    monkeypatch.setattr(bu, "tune", stopped)
+    command = ["tune", ratings, "--out", str(tmp_path / "adapter"), "--rows", "40"]
+    assert bc.main(command) == 130 and capsys.readouterr().err.strip().endswith("stopped")
+    assert not (tmp_path / "adapter").exists() and list((tmp_path / "cache" / "checkpoints").iterdir())
+    began = time.perf_counter()
+    assert bc.main(command) == 0 and time.perf_counter() - began < 60
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
+def test_the_service_from_the_shell_ends_by_ctrl_c(ratings, tmp_path, capsys):
+    said(capsys, "codes", ratings, "--out", tmp_path / "codes.npz", "--bits", 16)
+    command = [
+        sys.executable,
+        "-m",
+        "binllm_utils",
+        "serve",
+        ratings,
+        "--codes",
+        str(tmp_path / "codes.npz"),
+        "--port",
+        "0",
+    ]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in run.stderr if "serving on" in line)
+        address = line.split()[2].rstrip(",")
+        body = json.dumps({"user": "u4", "n": 2}).encode()
+        request = urllib.request.Request(f"{address}/recommend", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert len(json.load(answer)["items"]) == 2
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130 and run.stdout.read() == ""
+    finally:
+        run.kill()
