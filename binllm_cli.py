@@ -108,11 +108,15 @@ def codes_for(asked, dataset, users, items):
 def try_out(asked):
     """do codes rank better than counting on your data? a report and a verdict
 
-    Codes learned now against counting likes, on the latest tenth of the rows.
+    Codes learned now against counting likes, on the latest tenth of the rows; and codes made of all before each row.
     """
+    import binllm_serve as bs
+
     dataset, _, _, report = read(asked)
     codes, _ = bu.fit_codes(dataset)
     scores = {"counting": bu.popularity_baseline(dataset, dataset.test), "codes": codes.similarity(dataset.test)}
+    now, _ = bs.codes_before(dataset, codes, dataset.test)
+    scores["codes so far"] = bu.hamming_similarity(now, codes.items[dataset.test.item])
     table, sentence = bo.verdict(dataset.test, scores)
     return {"report": report, "table": table.to_dict("index"), "verdict": sentence}
 

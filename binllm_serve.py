@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 import pandas as pd
 import tornado.httpserver
+import tornado.log
 import tornado.netutil
 import tornado.web
 
@@ -39,6 +40,29 @@ def code_of_ratings(codes, items, labels, average):
     vectors = np.c_[SCALE / codes.bits * signs, np.zeros(len(signs))]  # the last number would be an offset
     x = bx._newton(vectors, np.asarray(labels, dtype=float), np.append(average, 1.0), PENALTY)
     return (x[:-1] > 0).astype(np.uint8)
+
+
+def codes_before(dataset, codes, rows):
+    """(code, number of ratings) of each row's user just before the row, from what was rated until then in any split.
+
+    uint8 [rows, bits] and int64 [rows]. Items keep their learned codes.
+    """
+    average = average_code(dataset, codes)
+    log = dataset.log.sort_values("timestamp", kind="stable")
+    past = {
+        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
+    }
+    found, known = np.empty((len(rows), codes.bits), np.uint8), np.zeros(len(rows), np.int64)
+    for (user, when), places in rows.reset_index(drop=True).groupby(["user", "timestamp"]).indices.items():
+        times, items, labels = past.get(user, ([], [], []))
+        before = known[places] = np.searchsorted(times, when)
+        found[places] = code_of_ratings(codes, items[:before], labels[:before], average)
+    return found, known
+
+
+def average_code(dataset, codes):
+    """The mean code of the users that training saw, as -1 and +1: float64 [bits]."""
+    return 2.0 * codes.users[np.unique(dataset.train.user)].mean(0) - 1
 
 
 def bit_meanings(dataset, codes, least=20):
@@ -72,9 +96,10 @@ class Recommender:
             )
         self.dataset, self.codes, self.model, self.tokenizer = dataset, codes, model, tokenizer
         self.style, self.fmt, self.reading = style, fmt, threading.Lock()
+        faiss.omp_set_num_threads(1)  # for one query at a time more threads only wait for each other
         self.index = faiss.IndexBinaryFlat(codes.bits)
         self.index.add(np.packbits(codes.items, axis=1))
-        self.average = 2.0 * codes.users[np.unique(dataset.train.user)].mean(0) - 1
+        self.average = average_code(dataset, codes)
         self.meanings = bit_meanings(dataset, codes)
         log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
         self.past = {user: (own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")}
@@ -279,7 +304,14 @@ class Service:
         paths = {"/health": _Health, "/recommend": _Recommend, "/score": _Score}
         routes = [(path, handler, {"service": self}) for path, handler in paths.items()]
         other = {"default_handler_class": _Other, "default_handler_args": {"service": self}}
+        other["log_function"] = _log_our_faults
         return tornado.web.Application(routes, **other)
+
+
+def _log_our_faults(handler):
+    """What an asker did wrong is said to the asker."""
+    if handler.get_status() >= 500 and handler.get_status() != 503:
+        tornado.log.access_log.error("%d %s", handler.get_status(), handler._request_summary())
 
 
 class _Other(_Handler):

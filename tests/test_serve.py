@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,19 @@ def test_thousands_of_equal_ratings_are_no_trouble(codes):
     average = -0.99 * (2.0 * codes.items[4] - 1)  # far from what is liked
     code = bs.code_of_ratings(codes, [4] * 5000, [1] * 5000, average)
     assert np.array_equal(code, codes.items[4])
+
+
+def test_codes_before_a_row_know_nothing_of_it_or_later(toy, codes):
+    rows = toy.test.head(30)
+    found, known = bs.codes_before(toy, codes, rows)
+    later = replace(toy, test=toy.test.assign(label=1 - toy.test.label))  # other likes in the test months
+    first = known == [(toy.train.user == u).sum() + (toy.valid.user == u).sum() for u in rows.user]
+    assert first.any() and np.array_equal(bs.codes_before(later, codes, rows)[0][first], found[first])
+    for place, row in enumerate(rows.itertuples()):
+        past = toy.log[(toy.log.user == row.user) & (toy.log.timestamp < row.timestamp)].sort_values("timestamp")
+        wanted = bs.code_of_ratings(codes, past.item, past.label, bs.average_code(toy, codes))
+        assert known[place] == len(past) and np.array_equal(found[place], wanted)
+    assert len(np.unique(found, axis=0)) > 10
 
 
 # --------------------------------------------------------------------------------------------------- recommendations
