@@ -24,6 +24,7 @@ METHODS = {
     ("codes", "reference"): "codes alone, the authors' code",
     ("codes", "ste"): "**codes alone, trained through the sign**",
     ("codes", "distinct"): "codes alone, through the sign, distinct",
+    ("codes", "past"): "**codes alone, trained through the sign**",
     ("codes", "descent"): "codes alone, by descent",
     ("codes", "descent, so far"): "codes by descent, unseen users by their past so far",
     ("llm", "text"): "LLM, titles only",

@@ -1,7 +1,7 @@
 """Make what data/results holds, and keep every single answer; goes on where it was stopped.
 
 python scripts/results.py                        all that is missing
-python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for another seed, "past: codes ste 32" for
+python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for another seed, "past: codes past 32" for
                                                  codes learned from all that was rated before valid
 
 Without a GPU the profile is `patient`: 1,024 tuning rows and all test rows, an hour a run on two slow cores; with one
@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ class NeverBinary(bu.BinMF):
         return torch.tanh(z)
 
 
-WAYS = [("paper", 32), ("reference", 32), ("ste", 32), ("ste", 64), ("distinct", 32), ("distinct", 64)]
-WAYS += [("descent", 32), ("descent", 64)]
+WAYS = {"ml-1m": ["paper 32", "reference 32", "ste 32", "ste 64", "distinct 32", "distinct 64"]}
+WAYS["ml-1m-past"] = ["past 32", "past 64"]  # recipes searched for as many rows
 
 
 def continuous(dataset, seed, max_epochs):
@@ -82,7 +82,9 @@ def collaborative(dataset, profile):
         ("continuous", "reference", None): scored(continuous, max_epochs=epochs),
         ("continuous", "hybrid", None): scored(bx.fit_hybrid, max_epochs=epochs),
     }
-    ways |= {("codes", recipe, bits): coded(recipe, bits) for recipe, bits in WAYS}
+    for way in [*WAYS.get(dataset.name, WAYS["ml-1m"]), "descent 32", "descent 64"]:
+        recipe, bits = way.split()
+        ways["codes", recipe, int(bits)] = coded(recipe, int(bits))
     found = {}
     for (model, variant, bits), way in ways.items():
         name = " ".join(str(part) for part in (model, variant, bits) if part)
@@ -290,10 +292,9 @@ def main(wanted):
     bu.quiet()
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
-    profile, past = bu.current_profile(), lru_cache(partial(bu.load_ml1m, past="all"))
-    dataset = bu.load_ml1m()
+    profile, dataset, past = bu.current_profile(), bu.load_ml1m(), bu.load_ml1m(past="all")
     runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
-    runs |= {f"past: {name}": lambda profile, name=name: without_llm(name, past(), profile) for name in runs}
+    runs |= {f"past: {name}": partial(without_llm, name, past) for name in collaborative(past, profile)}
     runs |= {name: partial(answer, name, 0, dataset) for name in RUNS}
     runs |= {f"{name}, seed {seed}": partial(answer, name, seed, dataset) for seed in (1, 2) for name in RUNS}
     unknown = set(wanted) - set(runs)
