@@ -9,9 +9,9 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
-import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -47,12 +47,12 @@ def parser():
     codes = add("codes", make_codes)
     codes.add_argument("--out", required=True, help="the file to write, .npz")
     codes.add_argument("--bits", type=int, default=32)
-    codes.add_argument("--recipe", default="ste", help=f"one of {', '.join(bu.RECIPES)}")
+    codes.add_argument("--recipe", default="ste", choices=bu.RECIPES)
     tune = add("tune", tune_llm, coded)
     tune.add_argument("--out", required=True, help="the folder to write the adapter to")
     tune.add_argument("--rows", type=int, default=1024, help="training rows, whole sittings")
-    tune.add_argument("--style", default="text+codes", help=f"one of {', '.join(bu.TEMPLATES)}")
-    tune.add_argument("--format", default="bits", help=f"one of {', '.join(bu.FORMATS)}")
+    tune.add_argument("--style", default="text+codes", choices=bu.TEMPLATES)
+    tune.add_argument("--format", default="bits", choices=bu.FORMATS)
     tune.add_argument("--things", default="movie", help="what the items are, in the singular: book, song, article")
     tune.add_argument("--llm", help="a folder or hub name; else SmolLM2-135M")
     score = add("score", score_items, coded, tuned, person)
@@ -69,10 +69,13 @@ def parser():
 def read(asked):
     """(Dataset, ids of its users, ids of its items, report): ids as they are written in the file."""
     if asked.data == "ml-1m":
+        if asked.titles or asked.like is not None:
+            raise ValueError("ml-1m has its own titles and likes; leave --titles and --like out")
         dataset = bu.load_ml1m()
         return dataset, [str(user) for user in range(dataset.n_users)], list(dataset.titles), {}
     found = bo.read_interactions(asked.data, titles=asked.titles)
-    return found.split(like=asked.like, name=Path(asked.data).stem), found.users, found.items, found.report
+    name = re.sub(r"[^\w .+-]|^[^\w]+", "_", Path(asked.data).stem)
+    return found.split(like=asked.like, name=name), found.users, found.items, found.report
 
 
 def write_codes(path, codes, users, items):
@@ -83,13 +86,15 @@ def write_codes(path, codes, users, items):
 
 def read_codes(path, users, items):
     """The `Codes` that `write_codes` kept, put in the order of these ids; raises ValueError where one has no code."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there; make it with the command codes")
     try:
         with np.load(path, allow_pickle=False) as kept:
             sides = [(kept[f"{side}s"], kept[f"{side}_ids"].tolist()) for side in ("user", "item")]
         tables = bu.Codes(*(table for table, _ in sides))
         if any(len(table) != len(ids) for table, (_, ids) in zip((tables.users, tables.items), sides)):
             raise ValueError("not a code for each id")
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever reading a damaged archive may raise: there are a dozen kinds
         raise ValueError(f"{path} holds no codes ({error!s:.200}); make them with the command codes") from None
     places = [pd.Index(ids).get_indexer(wanted) for (_, ids), wanted in zip(sides, (users, items))]
     for what, place, ids in zip(("users", "items"), places, (users, items)):
@@ -126,21 +131,22 @@ def make_codes(asked):
     dataset, users, items, _ = read(asked)
     codes, curve = bu.fit_codes(dataset, asked.bits, recipe=asked.recipe)
     write_codes(asked.out, codes, users, items)
-    quality = bu.evaluate(dataset.test, codes.similarity(dataset.test))
-    return {"codes": asked.out, "users": len(users), "items": len(items), "epochs": len(curve), "test": quality}
+    quality = round(bu.auc(dataset.test.label, codes.similarity(dataset.test)), 4)
+    return {"codes": asked.out, "users": len(users), "items": len(items), "epochs": len(curve), "test AUC": quality}
 
 
 def tune_llm(asked):
     """tune an LLM on the data's own prompts; goes on where it was stopped"""
+    style = bo.template_about(asked.style, asked.things)
     dataset, users, items, _ = read(asked)
     codes = codes_for(asked, dataset, users, items) if asked.style != "text" else None
     model, tokenizer = bu.load_llm(asked.llm)
     rows = bu.sample_sittings(dataset, asked.rows)
-    style = bo.template_about(asked.style, asked.things)
     prompts = bu.build_prompts(dataset, rows, codes, style, asked.format)
     kept = bu.CACHE / "checkpoints" / bu.digest([model.name_or_path, *prompts], rows)
     model, curve = bu.tune(model, tokenizer, prompts, rows.label, folder=kept)
     card = {"style": style, "format": asked.format, "llm": model.name_or_path, "rows": len(rows), "data": dataset.name}
+    card["codes"] = codes and bu.digest(codes.users, codes.items)
     bu.save_adapter(model, asked.out, card, curve)
     shutil.rmtree(kept)
     return {"adapter": asked.out, "rows": len(rows), "steps": len(curve), "loss": round(curve.loss.tail(10).mean(), 4)}
@@ -155,11 +161,13 @@ def recommender(asked):
     if asked.adapter:
         try:
             card = json.loads(Path(asked.adapter, "card.json").read_text())
-            written = {"style": str(card["style"]), "fmt": str(card["format"])}
-            model, tokenizer = bu.load_llm(None if card["llm"] == bu.SMOLLM2 else str(card["llm"]))
+            llm, name, learned = {"style": card["style"], "fmt": card["format"]}, card["llm"], card["codes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{asked.adapter} is no adapter of the command tune: {error!r:.200}") from None
-        llm = {"model": bu.load_adapter(model, asked.adapter), "tokenizer": tokenizer} | written
+        if learned not in (None, bu.digest(codes.users, codes.items)):
+            raise ValueError(f"{asked.adapter} was tuned with other codes; give --codes the file that tune was given")
+        model, llm["tokenizer"] = bu.load_llm(None if name == bu.SMOLLM2 else str(name))
+        llm["model"] = bu.load_adapter(model, asked.adapter)
     return bs.Recommender(dataset, codes, **llm, users=users, items=items)
 
 
@@ -188,22 +196,23 @@ def serve_http(asked):
     def ready(port):
         print(f"serving on http://{asked.address}:{port}, Ctrl-C ends it", file=sys.stderr, flush=True)
 
-    made, token = recommender(asked), os.environ.get("BINLLM_TOKEN")
-    asyncio.run(bs.serve(made, asked.port, asked.address, token, ready))
+    token = os.environ.get("BINLLM_TOKEN")
+    bs.check_address(asked.address, asked.port, token)
+    asyncio.run(bs.serve(recommender(asked), asked.port, asked.address, token, ready))
 
 
 def main(arguments=None):
     """The exit status of a command line; what it prints is said at the top of this file."""
     asked = parser().parse_args(arguments)
-    bu.quiet()
     try:
+        bu.quiet()
         with redirect_stdout(sys.stderr):
             answer = asked.how(asked)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(json.dumps(answer, indent=2, ensure_ascii=False))
+    print(json.dumps(answer, indent=2))
     return 0

@@ -76,7 +76,7 @@ def _put(new, path):
         raise FileNotFoundError(errno.ENOENT, "nothing was written", str(new))
     for attempt in range(10):
         with suppress(FileNotFoundError):
-            if path.is_dir():
+            if path.is_dir() and new.is_dir():  # a file never takes a folder's place
                 os.replace(path, new.parent / f"old{attempt}")
         try:
             return os.replace(new, path)

@@ -46,6 +46,8 @@ def merged(model):
 
 def write_merged(model, tokenizer, folder):
     """Write `merged(model)` and the tokenizer to `folder`, in safetensors; transformers and vLLM load it by path."""
+    if Path(folder).exists() and any(Path(folder).iterdir()) and not Path(folder, "config.json").exists():
+        raise ValueError(f"{folder} holds other files; give a new folder, or that of a model to replace")
     plain = merged(model)
     with replacing(folder) as part:
         plain.save_pretrained(part)
@@ -76,7 +78,8 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{llm}"),
 tokenizer = AutoTokenizer.from_pretrained("{llm}")
 ```
 
-The answer is P(Yes) against No at the last token of the prompt, which ends in `#Answer:`.
+The answer is P(Yes) against No at the last token of the prompt, which ends in `#Answer:`. An adapter that was tuned on
+weights in four bits answers as it was tuned to on those; on unrounded ones, as above, a little differently.
 
 | | |
 |---|---|
@@ -84,7 +87,7 @@ The answer is P(Yes) against No at the last token of the prompt, which ends in `
 """
 
 
-def write_card(folder, title, text, facts, place="this folder"):
+def write_card(folder, title, text, facts, place="."):
     """Write the README.md that a hub shows to an adapter's folder: title, text, and `facts` {name: value} as a table.
 
     Raises OSError when the folder holds no adapter.
@@ -120,6 +123,8 @@ def write_gguf(model, path, half=True):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # the word vectors again
             there = names.get_name(name, try_suffixes=(".weight",))
+            if there is None:
+                raise ValueError(f"{name} is no weight of a plain Llama; give what merged(model) gave")
             values = weight.float().cpu().numpy()
             turned = next((count for kind, count in heads.items() if kind in there), None)
             if turned:  # llama.cpp rotates pairs that stand side by side, transformers pairs half a head apart

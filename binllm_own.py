@@ -514,7 +514,8 @@ def template_about(style, thing):
 def verdict(rows, scores):
     """(table, sentence): does the last of `scores` ({method: one number a row}) rank `rows` better than each other one?
 
-    The table has a line a method, AUC and UAUC with intervals; the sentence names the paired differences in AUC.
+    The table has a line a method, AUC and UAUC with intervals; the sentence names the paired differences, and says
+    better or worse by AUC.
     """
     import binllm_utils as bu
 
@@ -522,7 +523,12 @@ def verdict(rows, scores):
     *others, mine = scores
     told = []
     for other in others:
-        gap = bu.paired_test(rows.user, rows.label, scores[other], scores[mine]).loc["auc"]
-        sure = "better than" if gap.low > 0 else "worse than" if gap.high < 0 else "not surely different from"
-        told.append(f"{sure} {other} ({gap.difference:+.3f} AUC, 95 % from {gap.low:+.3f} to {gap.high:+.3f})")
+        gaps = bu.paired_test(rows.user, rows.label, scores[other], scores[mine])
+        low, high = gaps.loc["auc", ["low", "high"]]
+        sure = "better than" if low > 0 else "worse than" if high < 0 else "not surely different from"
+        said = (
+            f"{g.difference:+.3f} {name.upper()}, 95 % from {g.low:+.3f} to {g.high:+.3f}"
+            for name, g in gaps.iterrows()
+        )
+        told.append(f"{sure} {other} ({'; '.join(said)})")
     return table, f"On {len(rows):,} rows {mine} rank {'; '.join(told)}."

@@ -23,6 +23,7 @@ import tornado.web
 
 import binllm_extras as bx
 import binllm_utils as bu
+from binllm_data import _column, _ids, _seconds
 
 # How sharply agreeing bits speak for a like, and how strongly a new code is held at the average one: chosen on valid.
 SCALE, PENALTY = 4.0, 1.0
@@ -53,7 +54,8 @@ def codes_before(dataset, codes, rows):
         user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
     }
     found, known = np.empty((len(rows), codes.bits), np.uint8), np.zeros(len(rows), np.int64)
-    for (user, when), places in rows.reset_index(drop=True).groupby(["user", "timestamp"]).indices.items():
+    moments = pd.DataFrame({"user": _ids(rows, "user"), "when": _seconds(_column(rows, "timestamp"))})
+    for (user, when), places in moments.groupby(["user", "when"]).indices.items():
         times, items, labels = past.get(user, ([], [], []))
         before = known[places] = np.searchsorted(times, when)
         found[places] = code_of_ratings(codes, items[:before], labels[:before], average)
@@ -80,6 +82,43 @@ def bit_meanings(dataset, codes, least=20):
     return [(tags[common[low]], tags[common[high]]) for low, high in zip(share.argmin(1), share.argmax(1))]
 
 
+class Names:
+    """Users or items by what they are called: ids as the data has them, their places where it has none, and titles."""
+
+    def __init__(self, kind, count, ids=(), titles=()):
+        self.kind, self.count, self.ids = kind, count, {str(name): place for place, name in enumerate(ids)}
+        self.written, self.titles, self.known = list(ids) or range(count), {}, titles
+        for place, title in enumerate(titles):
+            self.titles.setdefault(title.strip().casefold(), []).append(place)
+
+    def find(self, what):
+        """The place of `what`, an int or a text; raises ValueError where there is none, or more than one."""
+        whole = isinstance(what, (int, np.integer)) and not isinstance(what, bool)
+        found = set(self.titles.get(what.strip().casefold(), ())) if isinstance(what, str) else set()
+        if self.ids:
+            found |= {self.ids[str(what)]} if (whole or isinstance(what, str)) and str(what) in self.ids else set()
+        elif whole and 0 <= what < self.count:
+            found = {int(what)}
+        if len(found) == 1:
+            return found.pop()
+        shown = repr(str(what)[:80])
+        if found:
+            ids = ", ".join(repr(self.written[place]) for place in sorted(found)[:3])
+            raise ValueError(
+                f"{shown} may be {len(found)} {self.kind}s: those with the ids {ids}; give an id that is no title"
+            )
+        raise ValueError(f"there is no {self.kind} {shown}; {self.hint(str(what)[:100].strip().casefold())}")
+
+    def hint(self, text):
+        """Titles near `text`, or what ids are like."""
+        near = [title for title in self.titles if text and text in title][:3]
+        if not near and len(self.titles) < 10_000:  # it compares with each
+            near = difflib.get_close_matches(text, self.titles, 3)
+        if near:
+            return f"near it: {', '.join(self.known[self.titles[title][0]] for title in near)}"
+        return f"ids are like {self.written[0]!r}" if self.ids else f"they go from 0 to {self.count - 1}"
+
+
 class Recommender:
     """The best items for somebody: retrieved by Hamming search over all, asked about by an LLM if there is one.
 
@@ -104,82 +143,75 @@ class Recommender:
         log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
         self.past = {user: (own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")}
         self.count = np.bincount(dataset.log.item, minlength=dataset.n_items)
-        self.users = {name: user for user, name in enumerate(users)}
-        self.items = {title.casefold(): item for item, title in reversed(list(enumerate(dataset.titles)))}
-        self.items |= {str(name).casefold(): item for item, name in enumerate(items)}
-
-    def find(self, what):
-        """The place of an item named by it, its id or its title; raises ValueError for none, with titles near it."""
-        if isinstance(what, (int, np.integer)) and not isinstance(what, bool) and 0 <= what < self.dataset.n_items:
-            return int(what)
-        item = self.items.get(what.strip().casefold()) if isinstance(what, str) else None
-        if item is None:
-            text = str(what).strip().casefold()[:100]
-            near = [name for name in self.items if text and text in name][:3]
-            near = near or difflib.get_close_matches(text, self.items, 3)
-            hint = f"; near it: {', '.join(self.dataset.titles[self.items[name]] for name in near)}" * bool(near)
-            raise ValueError(f"there is no item {str(what)[:80]!r}{hint}")
-        return item
-
-    def find_user(self, who):
-        """The place of a user named by it or by id; raises ValueError for none."""
-        if isinstance(who, (int, np.integer)) and not isinstance(who, bool) and 0 <= who < self.dataset.n_users:
-            return int(who)
-        if not isinstance(who, str) or who not in self.users:
-            known = next(iter(self.users), None)
-            known = f"their ids are like {known!r}" if known else f"they go from 0 to {self.dataset.n_users - 1}"
-            raise ValueError(f"there is no user {str(who)[:80]!r}; {known}")
-        return self.users[who]
+        self.users = Names("user", dataset.n_users, users)
+        self.items = Names("item", dataset.n_items, items, dataset.titles)
 
     def taste(self, user=None, likes=(), dislikes=()):
         """(code uint8 [bits], items liked, items known): a known user's, with any new ratings, or a new one's.
 
-        Raises ValueError for nobody: no user and no like or dislike.
+        A new rating takes the place of older ones of its item. Raises ValueError for nobody: no user and no rating.
         """
         items, labels = np.empty(0, int), np.empty(0, int)
         if user is not None:
-            user = self.find_user(user)
+            user = self.users.find(user)
             items, labels = self.past.get(user, (items, labels))
-        new = [(self.find(what), label) for given, label in ((dislikes, 0), (likes, 1)) for what in given]
+        new = [(self.items.find(what), label) for given, label in ((dislikes, 0), (likes, 1)) for what in given]
         if user is None and not new:
             raise ValueError("name a user, or items that are liked or not liked")
-        twice = {item for item, label in new if label} & {item for item, label in new if not label}
-        if twice:
-            raise ValueError(f"{self.dataset.titles[twice.pop()]!r} is among both likes and dislikes")
-        items = np.r_[items, [item for item, _ in new]].astype(int)
-        labels = np.r_[labels, [label for _, label in new]].astype(int)
+        now = dict(new)
+        if set(new) != set(now.items()):
+            item = next(item for item, label in new if now[item] != label)
+            raise ValueError(f"{self.dataset.titles[item]!r} is among both likes and dislikes")
+        kept = ~np.isin(items, list(now))
+        items = np.r_[items[kept], list(now)].astype(int)
+        labels = np.r_[labels[kept], list(now.values())].astype(int)
         # a known user without news has the learned code
         code = code_of_ratings(self.codes, items, labels, self.average) if new else self.codes.users[user]
         return code, items[labels == 1], items
+
+    def nearest(self, code, known, k):
+        """The `k` items nearest to a code that are not among `known`; of equally near ones those rated most come first.
+
+        int64 [k], or fewer where there are no more.
+        """
+        query = np.packbits(code)[None]
+        distance, _ = self.index.search(query, min(self.dataset.n_items, k + len(set(known))))
+        _, distance, found = self.index.range_search(query, int(distance[0, -1]) + 1)  # with all that tie with the last
+        new = ~np.isin(found, known)
+        found, distance = found[new], distance[new]
+        return found[np.lexsort([found, -self.count[found], distance])][:k]
 
     def recommend(self, user=None, likes=(), dislikes=(), n=10, candidates=50):
         """The `n` best items that are new to somebody: DataFrame item, title, similarity, p, because; the best first.
 
         The `candidates` nearest codes are asked about, in one pass that reads the likes once, and ordered by P(Yes),
-        p; without an LLM p is NaN. What is equal is ordered by similarity, then by how often it was rated.
-        Raises ValueError as `taste` and `find` do.
+        p; without an LLM p is NaN. What is equal is ordered by similarity, then by how often it was rated. item: the id
+        as the data has it, or the item's place. Raises ValueError as `taste` and `Names.find` do.
         """
+        if n < 1:
+            raise ValueError(f"n is {n}; ask for one item or more")
         code, liked, known = self.taste(user, likes, dislikes)
-        wanted = max(n, candidates)
-        _, found = self.index.search(np.packbits(code)[None], min(self.dataset.n_items, wanted + len(set(known))))
-        items = found[0][~np.isin(found[0], known)][:wanted]
-        table = pd.DataFrame({"item": items, "title": [self.dataset.titles[item] for item in items]})
-        table["similarity"] = bu.hamming_similarity(code, self.codes.items[items])
-        table["p"] = self.ask(code, liked, items) if self.model is not None and len(items) else np.nan
-        order = np.lexsort([-self.count[items], -table.similarity, -table.p.fillna(0)])[:n]
+        items = self.nearest(code, known, n if self.model is None else max(n, candidates))
+        table = self.table(code, liked, items)
+        order = np.argsort(-table.p.fillna(0), kind="stable")[:n]
         table = table.iloc[order].reset_index(drop=True)
-        table["because"] = [self.because(code, liked, item) for item in table.item]
+        table["because"] = [self.because(code, liked, item) for item in items[order]]
         return table
 
     def score(self, items=(), user=None, likes=(), dislikes=()):
         """What somebody would think of these items: DataFrame item, title, similarity, p, in the order given."""
-        items = [self.find(what) for what in items]
+        items = [self.items.find(what) for what in items]
         if not items:
             raise ValueError("name the items to be scored")
         code, liked, _ = self.taste(user, likes, dislikes)
-        table = pd.DataFrame({"item": items, "title": [self.dataset.titles[item] for item in items]})
-        table["similarity"] = bu.hamming_similarity(code, self.codes.items[items])
-        table["p"] = self.ask(code, liked, items) if self.model is not None else np.nan
+        return self.table(code, liked, items)
+
+    def table(self, code, liked, items):
+        """What `recommend` and `score` say of items, in their order."""
+        table = pd.DataFrame({"item": [self.items.written[item] for item in items]})
+        table["title"] = [self.dataset.titles[item] for item in items]
+        table["similarity"] = bu.hamming_similarity(code, self.codes.items[items]) if len(items) else np.nan
+        table["p"] = self.ask(code, liked, items) if self.model is not None and len(items) else np.nan
         return table
 
     def ask(self, code, liked, items):
@@ -219,7 +251,6 @@ class _Handler(tornado.web.RequestHandler):
         self.service = service
 
     def set_default_headers(self):
-        self.set_header("Content-Type", "application/json; charset=utf-8")
         self.set_header("X-Content-Type-Options", "nosniff")
 
     def prepare(self):
@@ -232,6 +263,8 @@ class _Handler(tornado.web.RequestHandler):
             raise tornado.web.HTTPError(403, reason="ask for localhost")
 
     def write_error(self, status_code, **_):
+        if status_code == 503:
+            self.set_header("Retry-After", "1")
         self.finish({"error": self._reason})
 
     def fields(self, **wanted):
@@ -251,13 +284,12 @@ class _Handler(tornado.web.RequestHandler):
                 raise ValueError(f"{name} must be {KINDS[wanted[name]]}")
             size, most = (len(value), MOST[name]) if type(value) is list else (value, MOST.get(name, value))
             if name != "user" and (size > most or (name in ("n", "items") and size < 1)):
-                raise ValueError(f"{name}: {size}; 1 to {most} can be asked for")
+                raise ValueError(f"{name}: {str(size)[:20]}; 1 to {most} can be asked for")
         return given
 
     async def answer(self, work, **wanted):
         """Send the table that `work` makes of the fields, in the service's one thread; a ValueError is the asker's."""
         if self.service.waiting >= MOST["waiting"]:
-            self.set_header("Retry-After", "1")
             raise tornado.web.HTTPError(503, reason="too many are waiting; ask again later")
         self.service.waiting += 1
         try:
@@ -327,13 +359,20 @@ def _is_loopback(host):
         return False
 
 
+def check_address(address, port, token):
+    """Raise ValueError where others could ask without a token, or for a port that cannot be."""
+    if not token and not _is_loopback(address):
+        raise ValueError(f"{address} can be reached from elsewhere; give a token, or serve on 127.0.0.1")
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"port is {port}; ports go to 65535")
+
+
 async def serve(recommender, port=8765, address="127.0.0.1", token=None, ready=None):
     """Serve `recommender` until cancelled. ready: a function that is told the port (0 takes a free one).
 
-    Raises ValueError when others could ask without a token, OSError when the port is taken.
+    Raises ValueError when others could ask without a token, OSError when the port cannot be had.
     """
-    if not token and not _is_loopback(address):
-        raise ValueError(f"{address} can be reached from elsewhere; give a token, or serve on 127.0.0.1")
+    check_address(address, port, token)
     service = Service(recommender, token)
     limits = {"max_body_size": MOST["bytes"], "max_buffer_size": 2 * MOST["bytes"], "body_timeout": 10}
     server = tornado.httpserver.HTTPServer(service.app(), idle_connection_timeout=60, **limits)
@@ -345,4 +384,5 @@ async def serve(recommender, port=8765, address="127.0.0.1", token=None, ready=N
         await asyncio.Event().wait()
     finally:
         server.stop()
+        await server.close_all_connections()
         service.thread.shutdown(cancel_futures=True)

@@ -584,6 +584,7 @@ def prompt_fields(style, titles, likes, users=None, items=None, fmt="bits", *, f
     """(template, {field: one text a prompt}): what `build_prompts` fills in, for whoever has titles and codes at hand.
 
     titles: one a prompt; likes: a list of titles a prompt; users, items: codes [prompts, bits], where style asks them.
+    Raises ValueError for an unknown style or format, or codes that style asks for and that are not given.
     """
     (template, wanted), write = _template(style), fmt if callable(fmt) else FORMATS.get(fmt)
     if write is None:
@@ -607,7 +608,7 @@ def prompt_fields(style, titles, likes, users=None, items=None, fmt="bits", *, f
 
 def fill(template, fields):
     """The prompts that `prompt_fields` describes: list of texts."""
-    return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values())]
+    return [template.format(**dict(zip(fields, values))) for values in zip(*fields.values(), strict=True)]
 
 
 def build_prompts(

@@ -271,12 +271,13 @@ class Playground(ipywidgets.VBox):
     def _changed(self, _=None):
         for place, bit in enumerate(self.bits):
             self.code[place], bit.description = bit.value, str(int(bit.value))
+        self.asked += 1  # whatever is being read is of yesterday now
         try:
             template, values = self.prompt()
         except ValueError as error:
+            self.result = {"number": self.asked, "error": str(error)}
             self.view.value = f'<p role="status">{html.escape(str(error))}</p>'
             return
-        self.asked += 1
         self._show(template, values, self.similarity, None)
         self.newest = self.asked, template, values, self.similarity
         self.todo.set()
@@ -297,12 +298,12 @@ class Playground(ipywidgets.VBox):
                 result["error"] = f"the model gave no answer: {error}"
             if number == self.asked:
                 self._show(template, values, similarity, result)
-            self.result = result
+                self.result = result
 
     def wait(self, seconds=60):
         """The newest result, a dict of P(Yes) before and after and the similarity.
 
-        Raises RuntimeError when the model gave no answer, TimeoutError when it is not there in time.
+        Raises RuntimeError when there can be no answer, TimeoutError when it is not there in time.
         """
         for _ in range(int(20 * seconds)):
             if self.result and self.result["number"] == self.asked:

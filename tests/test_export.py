@@ -37,6 +37,11 @@ def test_merged_weights_answer_as_the_adapter_does(tuned, tmp_path):
     for other in (plain, read):
         assert np.abs(answers(other, AutoTokenizer.from_pretrained(tmp_path / "merged")) - wanted).max() < 1e-4
     assert np.abs(answers(model, tokenizer) - wanted).max() == 0  # the tuned one is as it was
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine holds other files"):
+        be.write_merged(model, tokenizer, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
     assert {file.suffix for file in (tmp_path / "merged").iterdir()} <= {".safetensors", ".json", ".jinja", ".txt"}
 
 
@@ -58,6 +63,8 @@ def test_what_has_no_adapter_or_another_tokenizer_is_refused(tmp_path):
     model, _ = bu.load_llm(layers=1)
     with pytest.raises(ValueError, match="carries no adapter"):
         be.merged(model)
+    with pytest.raises(ValueError, match="give what merged"):
+        be.write_gguf(model, tmp_path / "x.gguf")  # its weights are in four bits
     model.config.vocab_size = 7
     with pytest.raises(ValueError, match=r"convert_hf_to_gguf\.py"):
         be.write_gguf(model, tmp_path / "x.gguf")

@@ -122,3 +122,15 @@ def test_a_digest_follows_content(toy):
     changed = toy.train.copy()
     changed.loc[0, "label"] ^= 1
     assert len({same, bu.digest(changed, 3, {"a": 1}), bu.digest(toy.train, 4, {"a": 1})}) == 3
+
+
+def test_a_file_never_takes_a_folders_place(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(OSError, match=r"cannot write .*mine .*the one before is kept"),
+        bu.replacing(tmp_path / "mine") as part,
+    ):
+        part.write_text("codes")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

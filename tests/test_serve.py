@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import threading
 import time
@@ -96,7 +97,7 @@ def test_new_likes_change_the_answer_at_once_and_are_not_recommended(made, toy):
     assert not set(new) & set(found.title)
     code, liked, known = made.taste(3, new)
     past = toy.log[toy.log.user == 3]
-    assert sorted(known) == sorted([*past.item, *map(made.find, new)])
+    assert sorted(known) == sorted([*past.item, *map(made.items.find, new)])
     assert [toy.titles[i] for i in liked[-2:]] == new and len(liked) == past.label.sum() + 2
     assert not np.array_equal(made.taste(None, new)[0], made.taste(None, (), new)[0])
 
@@ -129,29 +130,86 @@ def test_reasons_are_true(toy, codes):
     assert bs.bit_meanings(toy, codes) == [(None, None)] * 32
 
 
+def named(toy, codes):
+    """A recommender for data whose ids are texts, users' like numbers that begin with 1."""
+    return bs.Recommender(toy, codes, users=[str(i + 1) for i in range(20)], items=[f"B{i}" for i in range(30)])
+
+
+def test_ids_are_those_of_the_file_in_both_directions(toy, codes):
+    made = named(toy, codes)
+    assert made.users.find(7) == made.users.find("7") == 6
+    assert made.items.find("film 3 (1953) ") == made.items.find("B3") == 3
+    found = made.recommend(user=7)
+    assert found.item.tolist() == [f"B{i}" for i in bs.Recommender(toy, codes).recommend(user=6).item]
+    again = made.score(found.item.tolist(), user="7")
+    assert again.title.tolist() == found.title.tolist() and again.item.tolist() == found.item.tolist()
+
+
+def test_what_may_be_two_is_asked_back(codes):
+    titles = ["B7", "Same", "same", *(f"Film {i}" for i in range(3, 30))]
+    made = bs.Recommender(make_dataset(titles=titles), codes, items=[*"aAb", *(f"B{i}" for i in range(3, 30))])
+    assert made.items.find("a") == 0 and made.items.find("A") == 1  # ids differ by their case
+    for what, said in (("B7", "'B7' may be 2 items: those with the ids 'a', 'B7'"), ("SAME", "with the ids 'A', 'b'")):
+        with pytest.raises(ValueError, match=said):
+            made.items.find(what)
+
+
 def test_whom_and_what_nobody_knows_is_said(toy, codes):
-    made = bs.Recommender(toy, codes, users=[f"u{i:02d}" for i in range(20)], items=[f"B{i}" for i in range(30)])
-    assert made.find("film 3 (1953)") == made.find(" B3 ") == made.find(3) == 3
-    assert made.find_user("u07") == 7 and made.recommend(user="u07").equals(made.recommend(user=7))
+    made, plain = named(toy, codes), bs.Recommender(toy, codes)
     for call, said in (
-        (lambda: made.find("Film 3"), r"no item 'Film 3'; near it: Film 3 \(1953\)"),
-        (lambda: made.find("Flim 3 (1953)"), r"near it: .*Film 3 \(1953\)"),
-        (lambda: made.find(-1), "no item '-1'"),
-        (lambda: made.find(30), "no item '30'"),
-        (lambda: made.find(True), "no item 'True'"),
-        (lambda: made.find(None), "no item 'None'"),
-        (lambda: made.find([1]), "no item"),
-        (lambda: made.find_user("u7"), "no user 'u7'; their ids are like 'u00'"),
-        (lambda: made.find_user(20), "no user '20'"),
-        (lambda: made.find_user(-1), "no user '-1'"),
-        (lambda: bs.Recommender(toy, codes).find_user("3"), "they go from 0 to 19"),
+        (lambda: made.items.find("Film 3"), r"no item 'Film 3'; near it: Film 3 \(1953\)"),
+        (lambda: made.items.find("Flim 3 (1953)"), r"near it: .*Film 3 \(1953\)"),
+        (lambda: plain.items.find(-1), "no item '-1'; they go from 0 to 29"),
+        (lambda: plain.items.find(30), "no item '30'"),
+        (lambda: plain.items.find(True), "no item 'True'"),
+        (lambda: made.items.find(None), "no item 'None'"),
+        (lambda: made.items.find([1]), "no item"),
+        (lambda: made.items.find("zzz"), "ids are like 'B0'"),
+        (lambda: made.users.find("0"), "no user '0'; ids are like '1'"),
+        (lambda: made.users.find(21), "no user '21'"),
+        (lambda: plain.users.find(-1), "no user '-1'"),
+        (lambda: plain.users.find("3"), "they go from 0 to 19"),
         (lambda: made.recommend(), "name a user, or items"),
+        (lambda: made.recommend(user=3, n=-5), "n is -5; ask for one item"),
         (lambda: made.recommend(likes=["B3"], dislikes=["Film 3 (1953)"]), "among both likes and dislikes"),
         (lambda: made.score([], user=3), "name the items"),
         (lambda: bs.Recommender(toy, bu.Codes(codes.users[:5], codes.items)), "codes of 5 users"),
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+def test_who_changes_their_mind_is_taken_at_the_last_word(made, toy):
+    past = toy.log[toy.log.user == 3].sort_values("timestamp")
+    liked = past.item[past.label == 1].tolist()
+    code, still, known = made.taste(3, (), liked)
+    assert not set(still) & set(liked) and set(known) == set(past.item)
+    kept, liked = past[~past.item.isin(liked)], list(dict.fromkeys(liked))
+    wanted = bs.code_of_ratings(made.codes, [*kept.item, *liked], [*kept.label, *[0] * len(liked)], made.average)
+    assert np.array_equal(code, wanted)
+
+
+def test_of_equally_near_items_those_rated_most_are_candidates(toy, codes):
+    same = bu.Codes(codes.users, np.tile(codes.items[:3], (10, 1)))  # ten items share each code
+    made = bs.Recommender(toy, same)
+    known = np.array([0, 3])
+    for k in (1, 4, 15, 40):
+        found = made.nearest(codes.users[0], known, k)
+        distance = (same.items != codes.users[0]).sum(1)
+        wanted = sorted(set(range(30)) - {0, 3}, key=lambda i: (distance[i], -made.count[i], i))[:k]
+        assert found.tolist() == wanted
+
+
+def test_times_in_any_unit_and_no_user_missing(toy, codes):
+    parts = {split: getattr(toy, split).assign(timestamp=lambda r: r.timestamp + 10**9) for split in bu.SPLITS}
+    toy = replace(toy, **parts)
+    rows = toy.test.head(30)
+    wanted, known = bs.codes_before(toy, codes, rows)
+    for times in (rows.timestamp * 1000, pd.to_datetime(rows.timestamp, unit="s")):
+        found, same = bs.codes_before(toy, codes, rows.assign(timestamp=times))
+        assert np.array_equal(found, wanted) and np.array_equal(same, known)
+    with pytest.raises(ValueError, match="some missing"):
+        bs.codes_before(toy, codes, rows.assign(user=rows.user.astype("Int64").where(rows.index > 3)))
 
 
 def test_somebody_who_knows_all_items_is_told_of_none(made, toy):
@@ -223,6 +281,7 @@ def test_the_service_says_what_the_recommender_says(service, made):
         (b"{", 400, "must be a JSON object"),
         (b"[1]", 400, "must be a JSON object"),
         (b"[" * 60_000, 400, "must be a JSON object"),
+        (b'{"user": 3, "n": ' + b"9" * 4000 + b"}", 400, "n: 99999999999999999999; 1 to 100"),
         (b"\xff\xfe", 400, "must be a JSON object"),
         ({}, 400, "name a user, or items"),
         ({"user": 3.5}, 400, "user must be an id"),
@@ -273,6 +332,34 @@ def test_a_token_is_asked_for_where_others_could_ask(made):
         end()
 
 
+def test_the_llms_answers_come_over_http(toy, codes, llm):
+    made = bs.Recommender(toy, codes, *llm)
+    address, end = running(made)
+    try:
+        found = ask(address, body={"user": 3, "n": 3})[1]["items"]
+    finally:
+        end()
+    assert np.allclose([line["p"] for line in found], made.recommend(user=3, n=3).p, atol=1e-6)
+
+
+def test_a_service_that_ended_answers_nobody(made):
+    address, end = running(made)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read()
+    end()
+    with pytest.raises(OSError):
+        connection.auto_open = False
+        connection.request("GET", "/health")
+        connection.getresponse().read() or (_ for _ in ()).throw(ConnectionResetError)
+
+
+@pytest.mark.parametrize("port", [-1, 70_000])
+def test_a_port_that_cannot_be(made, port):
+    with pytest.raises(ValueError, match="ports go to 65535"):
+        asyncio.run(bs.serve(made, port))
+
+
 def test_a_taken_port_is_an_error(made, service):
     with pytest.raises(OSError, match="in use"):
         asyncio.run(bs.serve(made, int(service.rsplit(":", 1)[1])))
@@ -302,6 +389,7 @@ def test_too_many_are_sent_away_and_the_rest_are_answered(made, monkeypatch):
             slow.set()
             statuses = sorted(one.result()[0] for one in found)
         assert statuses == [200] * 3 + [503] * 5
+        assert all(one.result()[1]["error"].startswith("too many") for one in found if one.result()[0] == 503)
         assert ask(address, body={"user": 3})[0] == 200
     finally:
         end()

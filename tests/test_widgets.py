@@ -111,8 +111,18 @@ def test_changes_in_quick_succession_do_not_pile_up(play):
 @pytest.mark.parametrize("title", ["", "no such film", "<img src=x onerror=alert(1)>"])
 def test_a_film_that_is_none_is_said_in_the_playground(play, title):
     play, *_ = play
+    play.wait()
+    done, real = threading.Event(), play.reader.ask
+    play.reader.ask = lambda *given: (threading.Event().wait(0.3), real(*given), done.set())[1]
+    play.bits[0].value = not play.bits[0].value  # the model is still reading this when the film is gone
+    threading.Event().wait(0.1)
     play.film.value = title
-    assert 'role="status"' in play.view.value and "<img" not in play.view.value
+    for _ in range(2):
+        assert 'role="status"' in play.view.value and "<img" not in play.view.value
+        assert done.wait(20)
+        threading.Event().wait(0.2)
+    with pytest.raises(RuntimeError, match="no film is called|type a part of a title"):
+        play.wait()
 
 
 def test_the_path_of_flips_goes_from_none_to_all(play, toy):
