@@ -64,6 +64,11 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", action="store_true", help="the drills in their long form, recorded in data/results")
 
 
+def pytest_configure(config):
+    if config.getoption("--fuzz"):
+        os.environ["BINLLM_FUZZ"] = "1"  # for modules that must know before there is a fixture, in every process
+
+
 @pytest.fixture
 def long(request):
     return request.config.getoption("--fuzz")

@@ -6,8 +6,8 @@ Each test draws its cases with hypothesis and compares with a plain reading of t
 import io
 import json
 import math
+import os
 import re
-import sys
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 import binllm_extras as bx
 import binllm_utils as bu
 
-LONG = "--fuzz" in sys.argv
+LONG = "BINLLM_FUZZ" in os.environ  # set by --fuzz
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
 
