@@ -21,6 +21,8 @@ import pandas as pd
 import binllm_own as bo
 import binllm_utils as bu
 
+RECIPE = "distinct"  # codes to search among: fewer items share one
+
 
 def parser():
     made = argparse.ArgumentParser("python -m binllm_utils", description=__doc__.split("\n\n")[0])
@@ -28,6 +30,12 @@ def parser():
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("data", metavar="DATA", help="a file of interactions, or ml-1m")
     data.add_argument("--titles", help="a second file, with items and their titles")
+    data.add_argument(
+        "--columns", nargs="+", default=[], metavar="ROLE=NAME", help="as in rating=stars, where guesses are wrong"
+    )
+    data.add_argument(
+        "--dayfirst", action=argparse.BooleanOptionalAction, help="how dates such as 03/04/2020 are meant"
+    )
     data.add_argument("--like", type=float, help="the least value that counts as liked")
     coded = argparse.ArgumentParser(add_help=False)
     coded.add_argument("--codes", help="what the command codes wrote; else codes are learned now")
@@ -47,7 +55,7 @@ def parser():
     codes = add("codes", make_codes)
     codes.add_argument("--out", required=True, help="the file to write, .npz")
     codes.add_argument("--bits", type=int, default=32)
-    codes.add_argument("--recipe", default="ste", choices=bu.RECIPES)
+    codes.add_argument("--recipe", default=RECIPE, choices=bu.RECIPES, help="ste is the paper's way")
     tune = add("tune", tune_llm, coded)
     tune.add_argument("--out", required=True, help="the folder to write the adapter to")
     tune.add_argument("--rows", type=int, default=1024, help="training rows, whole sittings")
@@ -69,11 +77,14 @@ def parser():
 def read(asked):
     """(Dataset, ids of its users, ids of its items, report): ids as they are written in the file."""
     if asked.data == "ml-1m":
-        if asked.titles or asked.like is not None:
-            raise ValueError("ml-1m has its own titles and likes; leave --titles and --like out")
+        if asked.titles or asked.columns or asked.like is not None:
+            raise ValueError("ml-1m has its own titles and likes; leave --titles, --columns and --like out")
         dataset = bu.load_ml1m()
         return dataset, [str(user) for user in range(dataset.n_users)], list(dataset.titles), {}
-    found = bo.read_interactions(asked.data, titles=asked.titles)
+    if not all("=" in pair for pair in asked.columns):
+        raise ValueError(f"--columns {' '.join(asked.columns)}: give pairs such as rating=stars")
+    columns = dict(pair.split("=", 1) for pair in asked.columns)
+    found = bo.read_interactions(asked.data, columns or None, asked.titles, asked.dayfirst)
     name = re.sub(r"[^\w .+-]|^[^\w]+", "_", Path(asked.data).stem)
     return found.split(like=asked.like, name=name), found.users, found.items, found.report
 
@@ -106,24 +117,25 @@ def read_codes(path, users, items):
 
 def codes_for(asked, dataset, users, items):
     """The codes asked for, or new ones."""
-    return read_codes(asked.codes, users, items) if asked.codes else bu.cached_codes(dataset)
+    return read_codes(asked.codes, users, items) if asked.codes else bu.cached_codes(dataset, recipe=RECIPE)
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
 def try_out(asked):
     """do codes rank better than counting on your data? a report and a verdict
 
-    Codes learned now against counting likes, on the latest tenth of the rows; and codes made of all before each row.
+    On the latest tenth of the rows, learned now; and once more with what users had rated before each of those rows.
     """
     import binllm_serve as bs
 
     dataset, _, _, report = read(asked)
-    codes, _ = bu.fit_codes(dataset)
-    scores = {"counting": bu.popularity_baseline(dataset, dataset.test), "codes": codes.similarity(dataset.test)}
-    now, _ = bs.codes_before(dataset, codes, dataset.test)
-    scores["codes so far"] = bu.hamming_similarity(now, codes.items[dataset.test.item])
+    codes, _ = bu.fit_codes(dataset, recipe=RECIPE)
+    rows = dataset.test
+    scores = {"counting": bu.popularity_baseline(dataset, rows), "counting so far": bs.counting_before(dataset, rows)}
+    scores["codes"], (now, _) = codes.similarity(rows), bs.codes_before(dataset, codes, rows)
+    scores["codes so far"] = bu.hamming_similarity(now, codes.items[rows.item])
     table, sentence = bo.verdict(dataset.test, scores)
-    return {"report": report, "table": table.to_dict("index"), "verdict": sentence}
+    return {"report": report, "table": table.to_dict("index"), "verdict": sentence.splitlines()}
 
 
 def make_codes(asked):

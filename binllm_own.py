@@ -514,8 +514,8 @@ def template_about(style, thing):
 def verdict(rows, scores):
     """(table, sentence): does the last of `scores` ({method: one number a row}) rank `rows` better than each other one?
 
-    The table has a line a method, AUC and UAUC with intervals; the sentence names the paired differences, and says
-    better or worse by AUC.
+    The table has a line a method, AUC and UAUC with intervals; the sentence names the paired differences, across users
+    (AUC) and within each (UAUC), and is sure only where an interval leaves zero out.
     """
     import binllm_utils as bu
 
@@ -524,11 +524,13 @@ def verdict(rows, scores):
     told = []
     for other in others:
         gaps = bu.paired_test(rows.user, rows.label, scores[other], scores[mine])
-        low, high = gaps.loc["auc", ["low", "high"]]
-        sure = "better than" if low > 0 else "worse than" if high < 0 else "not surely different from"
-        said = (
-            f"{g.difference:+.3f} {name.upper()}, 95 % from {g.low:+.3f} to {g.high:+.3f}"
-            for name, g in gaps.iterrows()
-        )
-        told.append(f"{sure} {other} ({'; '.join(said)})")
-    return table, f"On {len(rows):,} rows {mine} rank {'; '.join(told)}."
+        said = []
+        for name, where in (("auc", "across users"), ("uauc", "within a user")):
+            gap = gaps.loc[name]
+            sure = "better" if gap.low > 0 else "worse" if gap.high < 0 else "not surely different"
+            said.append(f"{where} {sure} ({gap.difference:+.3f} {name.upper()}, {gap.low:+.3f} to {gap.high:+.3f})")
+        told.append(f"{mine} against {other}: {', '.join(said)}")
+    counted = (
+        f"On {len(rows):,} rows, {table.users.iloc[0]:.0f} users counted by UAUC, differences with 95 % intervals:"
+    )
+    return table, "\n".join([counted, *told])

@@ -43,23 +43,44 @@ def code_of_ratings(codes, items, labels, average):
     return (x[:-1] > 0).astype(np.uint8)
 
 
+def ratings_before(dataset, rows):
+    """Yield (places in `rows`, items, labels): for rows of one user and moment, what that user had rated before it.
+
+    In any split, and nothing of that moment or later.
+    """
+    log = dataset.log.sort_values("timestamp", kind="stable")
+    past = {
+        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
+    }
+    moments = pd.DataFrame({"user": _ids(rows, "user"), "when": _seconds(_column(rows, "timestamp"))})
+    for (user, when), places in moments.groupby(["user", "when"]).indices.items():
+        times, items, labels = past.get(user, (np.empty(0, int),) * 3)
+        before = np.searchsorted(times, when)
+        yield places, items[:before], labels[:before]
+
+
 def codes_before(dataset, codes, rows):
     """(code, number of ratings) of each row's user just before the row, from what was rated until then in any split.
 
     uint8 [rows, bits] and int64 [rows]. Items keep their learned codes.
     """
     average = average_code(dataset, codes)
-    log = dataset.log.sort_values("timestamp", kind="stable")
-    past = {
-        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
-    }
     found, known = np.empty((len(rows), codes.bits), np.uint8), np.zeros(len(rows), np.int64)
-    moments = pd.DataFrame({"user": _ids(rows, "user"), "when": _seconds(_column(rows, "timestamp"))})
-    for (user, when), places in moments.groupby(["user", "when"]).indices.items():
-        times, items, labels = past.get(user, ([], [], []))
-        before = known[places] = np.searchsorted(times, when)
-        found[places] = code_of_ratings(codes, items[:before], labels[:before], average)
+    for places, items, labels in ratings_before(dataset, rows):
+        known[places], found[places] = len(items), code_of_ratings(codes, items, labels, average)
     return found, known
+
+
+def counting_before(dataset, rows, k=5):
+    """`bu.popularity_baseline` that knows what `codes_before` knows: a user's like rate is that so far. float64 [rows].
+
+    The yardstick for codes made at once; items keep their rates in training.
+    """
+    mean = dataset.train.label.mean()
+    scores = bu.smoothed_rates(dataset.train, "item", k).reindex(_ids(rows, "item")).fillna(mean).to_numpy(copy=True)
+    for places, _, labels in ratings_before(dataset, rows):
+        scores[places] += (labels.sum() + k * mean) / (len(labels) + k)
+    return scores
 
 
 def average_code(dataset, codes):
@@ -138,7 +159,7 @@ class Recommender:
         faiss.omp_set_num_threads(1)  # for one query at a time more threads only wait for each other
         self.index = faiss.IndexBinaryFlat(codes.bits)
         self.index.add(np.packbits(codes.items, axis=1))
-        self.average = average_code(dataset, codes)
+        self.average, self.trained = average_code(dataset, codes), set(dataset.train.user)
         self.meanings = bit_meanings(dataset, codes)
         log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
         self.past = {user: (own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")}
@@ -165,8 +186,8 @@ class Recommender:
         kept = ~np.isin(items, list(now))
         items = np.r_[items[kept], list(now)].astype(int)
         labels = np.r_[labels[kept], list(now.values())].astype(int)
-        # a known user without news has the learned code
-        code = code_of_ratings(self.codes, items, labels, self.average) if new else self.codes.users[user]
+        learned = user in self.trained and not new
+        code = self.codes.users[user] if learned else code_of_ratings(self.codes, items, labels, self.average)
         return code, items[labels == 1], items
 
     def nearest(self, code, known, k):
@@ -234,7 +255,9 @@ class Recommender:
         if len(liked):
             near = bu.hamming_similarity(film, self.codes.items[liked])
             order = np.argsort(-near, kind="stable")[:2]
-            words += "; like " + ", ".join(f"{self.dataset.titles[liked[at]]} ({near[at]:.2f})" for at in order)
+            words += "; nearest of the likes: " + ", ".join(
+                f"{self.dataset.titles[liked[at]]} ({near[at]:.2f})" for at in order
+            )
         return words
 
 

@@ -167,13 +167,14 @@ def read_answers(path):
         raise ValueError(f"{path}: not answers ({' '.join(str(error).split())[:300]})") from None
     if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
         raise ValueError(f"{path}: not answers; its columns must be `row` and a number column for each run")
+    answers = table.drop(columns="row")
     for bad, what in (
         (table.row.duplicated(), "row {row:.0f} is there twice; drop one"),
         (
             table.row.isna() | (table.row < 0) | (table.row % 1 > 0) | (table.row > 2**53),
             "row {row} is not the place of a row in the split",
         ),
-        ((table.drop(columns="row").sub(0.5).abs() > 0.5).any(axis=1), "row {row:.0f} holds an answer not from 0 to 1"),
+        ((answers.lt(0) | answers.gt(1)).any(axis=1), "row {row:.0f} holds an answer not from 0 to 1"),
     ):
         if bad.any():
             raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**table.loc[bad.idxmax()])}")

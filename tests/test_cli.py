@@ -44,8 +44,11 @@ def said(capsys, *arguments):
 
 def test_the_verdict_of_a_file(ratings, capsys):
     found = said(capsys, "try", ratings)
-    assert found["report"]["rows"] == 400 and "codes so far rank" in found["verdict"]
-    assert set(found["table"]) == {"counting", "codes", "codes so far"} and 0 < found["table"]["codes"]["auc"] <= 1
+    assert found["report"]["rows"] == 400 and "codes so far against counting so far" in " ".join(found["verdict"])
+    assert (
+        set(found["table"]) == {"counting", "counting so far", "codes", "codes so far"}
+        and 0 < found["table"]["codes"]["auc"] <= 1
+    )
 
 
 def test_from_a_file_to_codes_an_adapter_and_recommendations(ratings, tmp_path, capsys, small_llm):
@@ -121,8 +124,10 @@ def test_codes_belong_to_ids_not_to_places(tmp_path):
     [
         (["try", "none.csv"], "none.csv is not there"),
         (["codes", "{ratings}", "--out", "x.npz", "--bits", "7"], "bits is 7"),
-        (["recommend", "ml-1m", "--user", "1", "--like", "3"], "leave --titles and --like out"),
+        (["recommend", "ml-1m", "--user", "1", "--like", "3"], "leave --titles, --columns and --like out"),
         (["recommend", "{ratings}", "--user", "u1", "-n", "-5"], "n is -5"),
+        (["try", "{ratings}", "--columns", "stars"], "give pairs such as rating=stars"),
+        (["try", "{ratings}", "--columns", "rating=stars"], "stars"),
         (["tune", "{ratings}", "--out", "x", "--things", "two words"], "no word for what the items are"),
         (["recommend", "{ratings}", "--user", "nobody"], "there is no user 'nobody'"),
         (["recommend", "{ratings}"], "name a user, or items"),
@@ -137,7 +142,7 @@ def test_what_goes_wrong_is_a_line_on_stderr(ratings, tmp_path, capsys, argument
     monkeypatch.delenv("BINLLM_TOKEN", raising=False)
     real = bu.fit_codes
     monkeypatch.setattr(bu, "fit_codes", lambda *a, **k: real(*a, **{"max_epochs": 2} | k))
-    monkeypatch.setattr(bu, "cached_codes", lambda data: bu.fit_codes(data, 16)[0])
+    monkeypatch.setattr(bu, "cached_codes", lambda data, recipe: bu.fit_codes(data, 16)[0])
     assert bc.main([part.format(ratings=ratings, tmp=tmp_path) for part in arguments]) == 1
     out, err = capsys.readouterr()
     assert (
@@ -164,7 +169,9 @@ def test_a_wrong_command_line_ends_with_2(capsys):
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(ratings, tmp_path, capsys, small_llm, monkeypatch):
-    monkeypatch.setattr(bu, "cached_codes", lambda data: bu.fit_codes(data, 16, max_epochs=3, progress=False)[0])
+    monkeypatch.setattr(
+        bu, "cached_codes", lambda data, recipe: bu.fit_codes(data, 16, max_epochs=3, progress=False)[0]
+    )
     monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")
     real, calls = binllm_llm._warm_up_then_cosine, []
 

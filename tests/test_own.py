@@ -402,13 +402,15 @@ def test_the_verdict_says_what_the_paired_test_says(toy):
     rng = np.random.default_rng(0)
     chance, truth = rng.random(100), toy.test.label + rng.random(100) / 2
     for scores, word in (
-        ({"counting": chance, "codes": truth}, "codes rank better than counting"),
-        ({"counting": truth, "codes": chance}, "codes rank worse than counting"),
-        ({"counting": chance, "codes": chance + 0}, "codes rank not surely different from counting"),
+        ({"counting": chance, "codes": truth}, "codes against counting: across users better"),
+        ({"counting": truth, "codes": chance}, "codes against counting: across users worse"),
+        ({"counting": chance, "codes": chance + 0}, "codes against counting: across users not surely different"),
     ):
         table, sentence = bo.verdict(toy.test, scores)
         gap = bu.paired_test(toy.test.user, toy.test.label, scores["counting"], scores["codes"]).loc["auc"]
         assert word in sentence and f"({gap.difference:+.3f} AUC" in sentence and "On 100 rows" in sentence
+        within = bu.paired_test(toy.test.user, toy.test.label, scores["counting"], scores["codes"]).loc["uauc"]
+        assert f"{within.difference:+.3f} UAUC, {within.low:+.3f} to {within.high:+.3f}" in sentence
         assert table.auc["codes"] == round(bu.auc(toy.test.label, scores["codes"]), 4)
 
 

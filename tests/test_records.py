@@ -2,6 +2,7 @@
 
 import subprocess
 
+import numpy as np
 import pandas as pd
 import pytest
 import readme
@@ -162,3 +163,12 @@ def test_running_saves_outputs_without_dead_progress_bars(tmp_path):
     assert minutes > 0 and peak_gb > 0.03
     assert "widgets" not in saved.metadata and saved.cells[0].execution_count == 1
     assert [o.data["text/plain"] for o in saved.cells[0].outputs] == ["(interactive: run this notebook to use it)"]
+
+
+@pytest.mark.parametrize("answer", [-1e-39, np.float32(1) + np.finfo(np.float32).eps, -0.1, np.inf])
+def test_an_answer_that_is_hardly_no_probability_is_none_all_the_same(tmp_path, answer):
+    """One half subtracted in float32 would round the first of them to a probability."""
+    table = pd.DataFrame({"a": np.array([0, 1, answer], np.float32)}, index=pd.RangeIndex(3, name="row"))
+    table.to_parquet(tmp_path / "answers.parquet")
+    with pytest.raises(ValueError, match="row 2 holds an answer not from 0 to 1"):
+        records.read_answers(tmp_path / "answers.parquet")

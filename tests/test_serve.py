@@ -79,6 +79,23 @@ def test_codes_before_a_row_know_nothing_of_it_or_later(toy, codes):
     assert len(np.unique(found, axis=0)) > 10
 
 
+def test_counting_so_far_is_counting_with_the_likes_so_far(toy):
+    rows = toy.test.head(40)
+    found = bs.counting_before(toy, rows)
+    rates, mean = bu.smoothed_rates(toy.train, "item"), toy.train.label.mean()
+    for score, row in zip(found, rows.itertuples()):
+        past = toy.log[(toy.log.user == row.user) & (toy.log.timestamp < row.timestamp)].label
+        assert np.isclose(score, rates.get(row.item, mean) + (past.sum() + 5 * mean) / (len(past) + 5))
+
+
+def test_who_came_after_training_has_a_code_of_all_they_rated(toy, codes):
+    late = replace(toy, train=toy.train[toy.train.user != 3])
+    made = bs.Recommender(late, codes)
+    past = late.log[late.log.user == 3].sort_values("timestamp", kind="stable")
+    assert np.array_equal(made.taste(3)[0], bs.code_of_ratings(codes, past.item, past.label, made.average))
+    assert np.array_equal(made.taste(4)[0], codes.users[4])
+
+
 # --------------------------------------------------------------------------------------------------- recommendations
 def test_the_nearest_that_are_new_come_first(made, toy, codes):
     found = made.recommend(user=3, n=8)
@@ -126,7 +143,7 @@ def test_reasons_are_true(toy, codes):
     said = made.because(code, liked, 7)
     assert f"{(code == items[7]).sum()} of 32 bits agree" in said
     near = bu.hamming_similarity(items[7], items[liked])
-    assert f"like {toy.titles[liked[near.argmax()]]} ({near.max():.2f})" in said
+    assert f"of the likes: {toy.titles[liked[near.argmax()]]} ({near.max():.2f})" in said
     assert bs.bit_meanings(toy, codes) == [(None, None)] * 32
 
 
