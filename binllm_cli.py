@@ -24,9 +24,8 @@ import binllm_utils as bu
 RECIPE = "distinct"  # codes to search among: fewer items share one
 
 
-def parser():
-    made = argparse.ArgumentParser("python -m binllm_utils", description=__doc__.split("\n\n")[0])
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def about_data():
+    """What all commands must be told: where the data are, and how they are meant."""
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("data", metavar="DATA", help="a file of interactions, or ml-1m")
     data.add_argument("--titles", help="a second file, with items and their titles")
@@ -37,6 +36,13 @@ def parser():
         "--dayfirst", action=argparse.BooleanOptionalAction, help="how dates such as 03/04/2020 are meant"
     )
     data.add_argument("--like", type=float, help="the least value that counts as liked")
+    return data
+
+
+def parser():
+    made = argparse.ArgumentParser("python -m binllm_utils", description=__doc__.split("\n\n")[0])
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    data = about_data()
     coded = argparse.ArgumentParser(add_help=False)
     coded.add_argument("--codes", help="what the command codes wrote; else codes are learned now")
     tuned = argparse.ArgumentParser(add_help=False)

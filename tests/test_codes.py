@@ -262,7 +262,7 @@ def test_fold_in_finds_what_the_penalised_loss_asks_for(toy):
     users, items = model.vectors()
     got = bx.fold_in(model, toy, toy.test)
     average = np.r_[model.taste.detach().numpy(), 0, 1]
-    penalty = bx.HYBRID["weight_decay"] * len(toy.train)
+    penalty = bx.PENALTY
     log = toy.log
 
     def loss_slope(x, past):
