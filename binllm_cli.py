@@ -193,18 +193,18 @@ def person_of(asked):
     return {"user": asked.user, "likes": asked.likes, "dislikes": asked.dislikes}
 
 
-def table_of(found):
-    return {"items": found.astype(object).where(found.notna(), None).to_dict("records")}
-
-
 def score_items(asked):
     """what somebody would think of some items"""
-    return table_of(recommender(asked).score(asked.items, **person_of(asked)))
+    import binllm_serve as bs
+
+    return bs.as_json(recommender(asked).score(asked.items, **person_of(asked)))
 
 
 def recommend_items(asked):
     """the best items for a user of the data, or for anybody who likes some items"""
-    return table_of(recommender(asked).recommend(**person_of(asked), n=asked.n))
+    import binllm_serve as bs
+
+    return bs.as_json(recommender(asked).recommend(**person_of(asked), n=asked.n))
 
 
 def serve_http(asked):

@@ -86,6 +86,12 @@ def _put(new, path):
     raise OSError(f"another process keeps writing {path}")
 
 
+def check_replaceable(folder, sign, what):
+    """Raise ValueError for a folder that holds other things than `what`, which would have a file called `sign`."""
+    if Path(folder).exists() and any(Path(folder).iterdir()) and not Path(folder, sign).exists():
+        raise ValueError(f"{folder} holds other files; give a new folder, or that of {what} to replace")
+
+
 @contextmanager
 def alone(path):
     """While the block runs, other processes that would change the file `path` wait."""

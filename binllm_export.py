@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import binllm_utils as bu
-from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, fetch, replacing
+from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, check_replaceable, fetch, replacing
 from binllm_llm import _read_adapter
 
 
@@ -46,8 +46,7 @@ def merged(model):
 
 def write_merged(model, tokenizer, folder):
     """Write `merged(model)` and the tokenizer to `folder`, in safetensors; transformers and vLLM load it by path."""
-    if Path(folder).exists() and any(Path(folder).iterdir()) and not Path(folder, "config.json").exists():
-        raise ValueError(f"{folder} holds other files; give a new folder, or that of a model to replace")
+    check_replaceable(folder, "config.json", "a model")
     plain = merged(model)
     with replacing(folder) as part:
         plain.save_pretrained(part)

@@ -316,6 +316,27 @@ def codes_so_far(model, dataset, rows, bits=32, seed=0):
     return Codes(both.users[len(users) :], both.items)
 
 
+def histories(dataset):
+    """{user: (timestamps, items, labels)}: what each user rated, in any split, in the order of time."""
+    log = dataset.log.sort_values("timestamp", kind="stable")
+    return {
+        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
+    }
+
+
+def ratings_before(dataset, rows):
+    """Yield (places in `rows`, items, labels): for rows of one user and moment, what that user had rated before it.
+
+    In any split, and nothing of that moment or later.
+    """
+    past = histories(dataset)
+    moments = pd.DataFrame({"user": _ids(rows, "user"), "when": _seconds(_column(rows, "timestamp"))})
+    for (user, when), places in moments.groupby(["user", "when"]).indices.items():
+        times, items, labels = past.get(user, (np.empty(0, int),) * 3)
+        before = np.searchsorted(times, when)
+        yield places, items[:before], labels[:before]
+
+
 def fold_in(model, dataset, rows):
     """What a `HybridMF` thinks of each row's user after all interactions before the row: float32 [len(rows), dim + 2].
 
@@ -325,17 +346,10 @@ def fold_in(model, dataset, rows):
     """
     items = model.vectors()[1].astype(np.float64)
     average = np.concatenate([model.taste.detach().numpy(), [0, 1]])
-    log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
-    past = {
-        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
-    }
     out = np.tile(average, (len(rows), 1))
-    asked = zip(_ids(rows, "user"), _seconds(_column(rows, "timestamp")))
-    for place, (user, when) in enumerate(asked):
-        times, seen, labels = past.get(user, (np.empty(0), [], []))
-        before = np.searchsorted(times, when)
-        if before:
-            out[place] = _newton(items[seen[:before]], labels[:before], average, PENALTY)
+    for places, seen, labels in ratings_before(dataset, rows):
+        if len(seen):
+            out[places] = _newton(items[seen], labels, average, PENALTY)
     return out.astype(np.float32)
 
 

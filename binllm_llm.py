@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, digest, fetch, replacing
+from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, check_replaceable, digest, fetch, replacing
 
 # transformers, peft and accelerate take seconds to import: they are imported where they are used.
 
@@ -556,8 +556,7 @@ def save_adapter(model, folder, card, curve):
     others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     if others:
         raise ValueError(f"{others[0]} learns too and is no LoRA weight; an adapter file would leave it out")
-    if Path(folder).exists() and any(Path(folder).iterdir()) and not Path(folder, "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds other files; give a new folder, or that of an adapter to replace")
+    check_replaceable(folder, "adapter_config.json", "an adapter")
     with replacing(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
         (part / "README.md").unlink()  # peft's empty form; the card says what there is to say

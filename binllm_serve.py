@@ -23,7 +23,7 @@ import tornado.web
 
 import binllm_extras as bx
 import binllm_utils as bu
-from binllm_data import _column, _ids, _seconds
+from binllm_data import _ids
 
 # How sharply agreeing bits speak for a like, and how strongly a new code is held at the average one: chosen on valid.
 SCALE, PENALTY = 4.0, 1.0
@@ -43,22 +43,6 @@ def code_of_ratings(codes, items, labels, average):
     return (x[:-1] > 0).astype(np.uint8)
 
 
-def ratings_before(dataset, rows):
-    """Yield (places in `rows`, items, labels): for rows of one user and moment, what that user had rated before it.
-
-    In any split, and nothing of that moment or later.
-    """
-    log = dataset.log.sort_values("timestamp", kind="stable")
-    past = {
-        user: (own.timestamp.to_numpy(), own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")
-    }
-    moments = pd.DataFrame({"user": _ids(rows, "user"), "when": _seconds(_column(rows, "timestamp"))})
-    for (user, when), places in moments.groupby(["user", "when"]).indices.items():
-        times, items, labels = past.get(user, (np.empty(0, int),) * 3)
-        before = np.searchsorted(times, when)
-        yield places, items[:before], labels[:before]
-
-
 def codes_before(dataset, codes, rows):
     """(code, number of ratings) of each row's user just before the row, from what was rated until then in any split.
 
@@ -66,7 +50,7 @@ def codes_before(dataset, codes, rows):
     """
     average = average_code(dataset, codes)
     found, known = np.empty((len(rows), codes.bits), np.uint8), np.zeros(len(rows), np.int64)
-    for places, items, labels in ratings_before(dataset, rows):
+    for places, items, labels in bx.ratings_before(dataset, rows):
         known[places], found[places] = len(items), code_of_ratings(codes, items, labels, average)
     return found, known
 
@@ -78,7 +62,7 @@ def counting_before(dataset, rows, k=5):
     """
     mean = dataset.train.label.mean()
     scores = bu.smoothed_rates(dataset.train, "item", k).reindex(_ids(rows, "item")).fillna(mean).to_numpy(copy=True)
-    for places, _, labels in ratings_before(dataset, rows):
+    for places, _, labels in bx.ratings_before(dataset, rows):
         scores[places] += (labels.sum() + k * mean) / (len(labels) + k)
     return scores
 
@@ -161,8 +145,7 @@ class Recommender:
         self.index.add(np.packbits(codes.items, axis=1))
         self.average, self.trained = average_code(dataset, codes), set(dataset.train.user)
         self.meanings = bit_meanings(dataset, codes)
-        log = dataset.log.sort_values(["user", "timestamp"], kind="stable")
-        self.past = {user: (own.item.to_numpy(), own.label.to_numpy()) for user, own in log.groupby("user")}
+        self.past = {user: (items, labels) for user, (_, items, labels) in bx.histories(dataset).items()}
         self.count = np.bincount(dataset.log.item, minlength=dataset.n_items)
         self.users = Names("user", dataset.n_users, users)
         self.items = Names("item", dataset.n_items, items, dataset.titles)
@@ -267,6 +250,11 @@ LIST, NUMBER, ID = (list,), (int,), (int, str)  # kinds of fields
 KINDS = {LIST: "a list", NUMBER: "a whole number", ID: "an id"}
 
 
+def as_json(table):
+    """What `recommend` or `score` found, for JSON: {"items": [a dict a line]}, None for NaN, which JSON has not."""
+    return {"items": table.astype(object).where(table.notna(), None).to_dict("records")}
+
+
 class _Handler(tornado.web.RequestHandler):
     """JSON in, JSON out; errors too."""
 
@@ -323,8 +311,7 @@ class _Handler(tornado.web.RequestHandler):
             return self.finish({"error": str(error)})
         finally:
             self.service.waiting -= 1
-        table["p"] = table.p.astype(object).where(table.p.notna(), None)  # JSON has no NaN
-        self.finish({"items": table.to_dict("records")})
+        self.finish(as_json(table))
 
 
 class _Health(_Handler):

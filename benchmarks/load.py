@@ -1,11 +1,13 @@
 """How many requests a second the service answers, how fast, and whether all are right: data/results/serve.csv.
 
 python benchmarks/load.py            codes alone, 1 and 16 askers at once
-python benchmarks/load.py pairs      an LLM with that adapter of data/adapters orders 20 candidates
+python benchmarks/load.py pairs      an LLM with that adapter of data/adapters orders the candidates
 
-The service runs in a process of its own, on this machine; every answer is compared with what the same call gives here.
+The service runs in a process of its own, on this machine. Answers are compared with what the same call gives here: all
+of them, or the P(Yes) of the first five where an LLM is asked.
 """
 
+import asyncio
 import json
 import multiprocessing
 import sys
@@ -18,8 +20,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-import asyncio
-
 import records
 
 import binllm_extras as bx
@@ -77,6 +77,7 @@ def main(adapter=None):
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=served, args=(adapter, there), daemon=True)
     process.start()
+    there.close()  # so that a service that cannot start is an error here, not a wait without end
     address, made = f"http://127.0.0.1:{here.recv()}/recommend", recommender(adapter)
     for askers, requests, known in ((1, 20, 5), (4, 20, 5)) if adapter else ((1, 1000, 1000), (16, 4000, 4000)):
         measure(address, made, askers, requests, known, adapter)

@@ -59,7 +59,7 @@ def main(rows=10_000_000):
             path = Path(folder, f"ratings.{kind}")
             make(path, int(rows))
             done = subprocess.run(
-                [sys.executable, __file__, "--read", path], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--read", path], stdout=subprocess.PIPE, text=True, check=True
             )
             kept, train, seconds, peak = done.stdout.split()
             row = {"file": kind, "rows": int(rows), "megabytes": round(path.stat().st_size / 1e6), "kept": int(kept)}

@@ -87,10 +87,10 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
     """The script on toy data and two layers, every file of it under tmp_path."""
     whole = bu.load_llm
 
-    def two_layers(**_):
+    def one_layer(**_):
         return whole(layers=1, nf4=False)
 
-    for name, value in (("CACHE", tmp_path / "cache"), ("load_llm", two_layers)):
+    for name, value in (("CACHE", tmp_path / "cache"), ("load_llm", one_layer)):
         monkeypatch.setattr(bu, name, value)
     monkeypatch.setattr(adapters, "ADAPTERS", tmp_path)
     monkeypatch.setattr(bu, "load_ml1m", lambda: toy)

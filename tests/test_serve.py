@@ -382,7 +382,7 @@ def test_a_taken_port_is_an_error(made, service):
         asyncio.run(bs.serve(made, int(service.rsplit(":", 1)[1])))
 
 
-def test_forty_at_once_get_their_own_answers(service, made):
+def test_twenty_at_once_get_their_own_answers(service, made):
     wanted = {user: made.recommend(user=user, n=5).item.tolist() for user in range(20)}
     with ThreadPoolExecutor(20) as askers:
         found = list(askers.map(lambda turn: ask(service, body={"user": turn % 20, "n": 5}), range(200)))
