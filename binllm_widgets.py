@@ -7,6 +7,7 @@ elsewhere for it, use the plain one that notebook 02 builds. The others are of i
 """
 
 import base64
+import contextlib
 import html
 import os
 import sys
@@ -178,49 +179,52 @@ class TokenLens(ipywidgets.VBox):
 
 # ----------------------------------------------------------------------------------------------------------- playground
 class Reader:
-    """P(Yes) of prompts that begin alike, before and after tuning: the beginning is read once and kept."""
+    """P(Yes) of a prompt before and after tuning. What it shares with one read before is not read again.
+
+    model: an LLM with an adapter. The last eight prompts are kept as keys and values.
+    """
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.answers, self.kept, self.lock = bu.answer_tokens(tokenizer), {}, threading.Lock()
+        self.answers, self.kept, self.lock = bu.answer_tokens(tokenizer), [], threading.Lock()
 
-    def ask(self, prompt, beginning):
-        """(P(Yes) with the adapter off, with it on); `beginning`: how many letters of `prompt` are likely to stay."""
+    def ask(self, prompt):
+        """[P(Yes) without the adapter, with it]."""
         (ids,) = bu.encode_prompts(self.model, self.tokenizer, [prompt])
-        (shared,) = bu.encode_prompts(self.model, self.tokenizer, [prompt[:beginning].rstrip()])
-        shared = os.path.commonprefix([shared, ids[:-1]]) or ids[:1]
-        with self.lock:  # for the adapter is switched off and on
-            with self.model.disable_adapter():
-                before = self._answer(ids, shared, "before")
-            return before, self._answer(ids, shared, "after")
+        with self.lock:  # one at a time
+            logits = self._read(ids)[:, self.answers].double()
+        return torch.sigmoid(logits[:, 0] - logits[:, 1]).tolist()
 
     @torch.inference_mode()
-    def _answer(self, ids, shared, when):
-        as_input = lambda tokens: torch.tensor([tokens], device=self.model.device)  # noqa: E731
-        if self.kept.get(when, (None,))[0] != shared:
-            self.kept[when] = shared, self.model(as_input(shared), use_cache=True).past_key_values
-        cache = self.kept.pop(when)[1]  # put back only when it is whole again
-        rest = ids[len(shared) :]
-        logits = self.model(as_input(rest), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        cache.crop(-len(rest))
-        self.kept[when] = shared, cache
-        yes, no = logits[self.answers].double().tolist()
-        return 1 / (1 + np.exp(no - yes))
+    def _read(self, ids):
+        """Logits of the token after `ids`, [2, vocabulary]; in one pass, whose first line the adapter leaves alone."""
+        shared = [len(os.path.commonprefix([tokens, ids[:-1]])) for tokens, _ in self.kept]
+        start, cache = 0, None
+        if shared and max(shared) > len(ids) / 3:  # else it is of another user, and stays as it is
+            start = max(shared)
+            before, cache = self.kept.pop(shared.index(start))
+            cache.crop(start - len(before))
+        tokens = torch.tensor([ids[start:]] * 2, device=self.model.device)
+        names = ["__base__", self.model.active_adapter]
+        found = self.model(tokens, past_key_values=cache, adapter_names=names, use_cache=True, logits_to_keep=1)
+        self.kept = [*self.kept[-7:], (ids, found.past_key_values)]
+        return found.logits[:, -1]
 
 
 class Playground(ipywidgets.VBox):
     """The prompt of a user and a film, live: flip bits, drop likes, change user, film or notation; P(Yes) follows.
 
-    model: an LLM with an adapter (`bu.load_adapter`); it is asked with the adapter off and on. rows: one for each user
-    to choose from, with the history of that time. Controls answer at once and one thread asks the model, always for the
+    model: an LLM with an adapter (`bu.load_adapter`); it is asked without and with it. rows: one for each user to
+    choose from, with the history of that time. Controls answer at once and one thread asks the model, always for the
     newest state, so that nothing piles up; `wait()` waits for it. While it reads, do not ask the same model elsewhere:
-    the adapter is switched off and on.
+    what one pass is told about the adapter would reach the other.
     """
 
     def __init__(self, dataset, codes, model, tokenizer, rows):
         self.dataset, self.codes, self.reader, self.rows = dataset, codes, Reader(model, tokenizer), rows
         self.liked = bu.liked_before(dataset, rows)
         self.result, self.asked, self.todo, self.thread = None, 0, threading.Event(), None
+        self.ahead = list(range(1, len(rows)))  # users whose prompts are read while there is nothing else to do
         users = [(str(user), place) for place, user in enumerate(rows.user)]
         self.user = ipywidgets.Dropdown(options=users, description="user")
         self.film = ipywidgets.Combobox(
@@ -258,28 +262,29 @@ class Playground(ipywidgets.VBox):
         self._changed()
 
     def prompt(self):
-        """(template, values of its fields): what the prompt is made of now; raises ValueError for no such film."""
+        """(template, values of its fields, similarity) of what is shown; raises ValueError for no such film."""
+        return self._prompt(self.code, [box.description for box in self.shown if box.value])
+
+    def _prompt(self, code, likes):
         title = self.film.value.strip()
         if title not in self.dataset.titles:
             raise ValueError(f"no film is called {title[:60]!r}" if title else "type a part of a title and choose one")
         film = self.codes.items[self.dataset.titles.index(title)]
-        likes = [box.description for box in self.shown if box.value]
-        self.similarity = float(bu.hamming_similarity(self.code, film))
-        template, fields = bu.prompt_fields("text+codes", [title], [likes], [self.code], [film], self.notation.value)
-        return template, {name: texts[0] for name, texts in fields.items()}
+        template, fields = bu.prompt_fields("text+codes", [title], [likes], [code], [film], self.notation.value)
+        similarity = float(bu.hamming_similarity(code, film))
+        return template, {name: texts[0] for name, texts in fields.items()}, similarity
 
     def _changed(self, _=None):
         for place, bit in enumerate(self.bits):
             self.code[place], bit.description = bit.value, str(int(bit.value))
         self.asked += 1  # whatever is being read is of yesterday now
         try:
-            template, values = self.prompt()
+            self.newest = self.asked, *self.prompt()
         except ValueError as error:
             self.result = {"number": self.asked, "error": str(error)}
             self.view.value = f'<p role="status">{html.escape(str(error))}</p>'
             return
-        self._show(template, values, self.similarity, None)
-        self.newest = self.asked, template, values, self.similarity
+        self._show(*self.newest[1:], None)
         self.todo.set()
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, daemon=True)
@@ -292,13 +297,20 @@ class Playground(ipywidgets.VBox):
             number, template, values, similarity = self.newest
             result = {"number": number, "similarity": similarity}
             try:
-                beginning = len(template.split("{user}")[0].format(**values))
-                result |= dict(zip(("before", "after"), self.reader.ask(template.format(**values), beginning)))
+                result |= dict(zip(("before", "after"), self.reader.ask(template.format(**values))))
             except Exception as error:  # in a thread nobody would hear of it
                 result["error"] = f"the model gave no answer: {error}"
             if number == self.asked:
                 self._show(template, values, similarity, result)
                 self.result = result
+            while self.ahead and not self.todo.is_set():
+                self._read_ahead(self.ahead.pop(0))
+
+    def _read_ahead(self, place):
+        likes = [self.dataset.titles[item] for item in self.liked[place]]
+        with contextlib.suppress(Exception):  # it is said when that user is chosen
+            template, values, _ = self._prompt(self.codes.users[int(self.rows.user.iloc[place])], likes)
+            self.reader.ask(template.format(**values))
 
     def wait(self, seconds=60):
         """The newest result, a dict of P(Yes) before and after and the similarity.
@@ -344,8 +356,7 @@ def flip_path(dataset, codes, reader, row):
     prompts = [
         bu.build_prompts(dataset, row, bu.Codes(np.tile(code, (len(codes.users), 1)), codes.items))[0] for code in users
     ]
-    beginning = prompts[0].index(bu.to_bits(users[0]))
-    found = [reader.ask(prompt, beginning) for prompt in prompts]
+    found = [reader.ask(prompt) for prompt in prompts]
     similarity = bu.hamming_similarity(users, item)
     return pd.DataFrame({"similarity": similarity} | dict(zip(("before", "after"), zip(*found))))
 

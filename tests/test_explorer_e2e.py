@@ -16,6 +16,7 @@ from playwright import sync_api
 from test_widgets_e2e import CHROMIUM
 
 import binllm_utils as bu
+import explorer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not CHROMIUM, reason="no Chromium")]
 PAGE = bu.ROOT / "docs" / "explorer.html"
@@ -37,14 +38,14 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """A function (part of the address after #, options) -> page; at the end none may have raised or logged."""
+    """A function (part of the address after #, file, options) -> page; at the end none may have raised or logged."""
     pages, said = [], []
 
-    def opened(state="", **options):
+    def opened(state="", path=PAGE, **options):
         page = browser.new_context(**options).new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(f"file://{PAGE}#{state}")
+        page.goto(f"file://{path}#{state}")
         pages.append(page)
         return page
 
@@ -221,20 +222,27 @@ def test_a_bit_is_explained_when_pointed_at(open_page):
     assert "; ".join(DATA["titles"][i] for i in one) in about
 
 
-def test_a_click_is_answered_at_once_and_the_first_paint_too(open_page):
-    page = open_page()
-    took = page.evaluate("""async () => {
-        const times = [];
-        for (const cell of [...document.querySelectorAll(".bx-bit")].slice(0, 9)) {
-            const began = performance.now();
-            cell.click();
-            await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-            times.push(performance.now() - began);
-        }
-        return times.sort((a, b) => a - b)[4];
-    }""")
-    assert took < 100
-    assert page.evaluate("performance.getEntriesByName('first-paint')[0].startTime") < 2_000  # .3 s on a quiet machine
+CLICKS = """async () => {
+    const times = [];
+    for (const cell of [...document.querySelectorAll(".bx-bit")].slice(0, 9)) {
+        const began = performance.now();
+        cell.click();
+        await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+        times.push(performance.now() - began);
+    }
+    return times.sort((a, b) => a - b)[4];
+}"""
+
+
+@pytest.mark.parametrize("films", ["a hundred", "all"])
+def test_a_click_is_answered_at_once_and_the_first_paint_too(open_page, ml1m, tmp_path, films):
+    path = PAGE
+    if films == "all":
+        path = tmp_path / "explorer.html"
+        path.write_text(explorer.page(ml1m, bu.cached_codes(ml1m, recipe=explorer.RECIPE)), encoding="utf-8")
+    shown = [open_page(path=path) for _ in range(5)]
+    assert min(page.evaluate(CLICKS) for page in shown) < 100  # milliseconds; the least, for other work can only delay
+    assert min(page.evaluate("performance.getEntriesByName('first-paint')[0].startTime") for page in shown) < 300
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -98,8 +98,8 @@ def test_the_set_up_cell_says_in_one_line_what_is_wrong(tmp_path):
 
 
 def test_lessons_show_short_cells_with_short_lines(notebook):
-    """Not of Part II yet: what is shown is short; drawings are folded. A cell is 20 lines, or one class or function."""
-    if "06" <= notebook[0].name < "10":
+    """Not of 08 and 09 yet: a cell is 20 lines, or one class or function; drawings are folded."""
+    if notebook[0].name[:2] in ("08", "09"):
         return
     shown = [cell for cell in code_cells(notebook[1]) if "hide-input" not in cell.metadata.get("tags", [])]
     lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in shown]

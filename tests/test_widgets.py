@@ -53,11 +53,12 @@ def play(toy, llm):
 
 def wanted(play, model, tokenizer):
     """P(Yes) before and after by `bu.score` of the whole prompt."""
-    template, values = play.prompt()
+    template, values, _ = play.prompt()
     prompt = template.format(**values)
-    with model.disable_adapter():
-        before = bu.score(model, tokenizer, [prompt], progress=False)[0]
-    return before, bu.score(model, tokenizer, [prompt], progress=False)[0], prompt
+    with play.reader.lock:
+        after = bu.score(model, tokenizer, [prompt], progress=False)[0]
+        with model.disable_adapter():
+            return bu.score(model, tokenizer, [prompt], progress=False)[0], after, prompt
 
 
 def test_the_playground_says_what_score_says_after_any_change(play, toy):
@@ -85,15 +86,30 @@ def test_the_playground_says_what_score_says_after_any_change(play, toy):
     assert wanted(play, model, tokenizer)[2] == prompts[1]  # another code and other likes
 
 
-def test_the_beginning_is_read_once(play):
-    play, model, _ = play
-    play.wait()
+def test_nothing_is_read_twice(play):
+    """Of a prompt only what differs from one read before; the likes of the other users while nothing else is to do."""
+    play, model, tokenizer = play
     read = []
-    model.register_forward_pre_hook(lambda _, given, named: read.append(given[0].shape[1]), with_kwargs=True)
-    whole = len(bu.encode_prompts(model, play.reader.tokenizer, [play.newest[1].format(**play.newest[2])])[0])
-    play.bits[0].value = not play.bits[0].value
-    play.wait()
-    assert len(read) == 2 and max(read) < 0.7 * whole  # once without and once with the adapter, endings only
+    model.register_forward_pre_hook(lambda _, given, named: read.append(given[0].shape), with_kwargs=True)
+
+    def pieces(act):
+        act()
+        play.wait()
+        while play.ahead or play.reader.lock.locked():
+            threading.Event().wait(0.01)
+        found, read[:] = [shape[1] for shape in read], []
+        return found, len(bu.encode_prompts(model, tokenizer, [play.newest[1].format(**play.newest[2])])[0])
+
+    pieces(lambda: None)
+    for act, share in (
+        (lambda: setattr(play.bits[0], "value", not play.bits[0].value), 0.7),
+        (lambda: setattr(play.bits[15], "value", not play.bits[15].value), 0.4),
+        (lambda: setattr(play.user, "value", 1), 0.4),  # read ahead
+        (lambda: setattr(play.user, "value", 0), 0.4),
+    ):
+        found, whole = pieces(act)
+        assert len(found) == 1 and found[0] < share * whole, (found, whole)
+    assert 1 < len(play.reader.kept) <= 8
 
 
 def test_changes_in_quick_succession_do_not_pile_up(play):
@@ -171,21 +187,3 @@ def test_a_model_that_fails_is_said_and_the_next_answer_is_right(play):
     play.bits[2].value = not play.bits[2].value
     got = play.wait()
     assert abs(got["after"] - wanted(play, model, tokenizer)[1]) < 1e-5
-
-
-def test_a_beginning_that_is_cut_in_another_way_is_not_taken_for_the_same(play):
-    """A tokenizer may cut the end of a beginning otherwise when more follows: only what is common is kept."""
-    play, model, tokenizer = play
-
-    class Odd:
-        eos_token_id = sep_token_id = None
-
-        def __call__(self, texts, **options):
-            found = tokenizer(texts, **options)
-            if not isinstance(texts, str) and len(found.input_ids[0]) < 120:
-                found["input_ids"] = [[*ids[:2], 5, *ids[3:]] for ids in found.input_ids]
-            return found
-
-    prompt = "one two three four five " * 30 + "#Answer:"
-    reader = bw.Reader(model, Odd())
-    assert abs(reader.ask(prompt, 60)[1] - bu.score(model, tokenizer, [prompt], progress=False)[0]) < 1e-5
