@@ -165,8 +165,9 @@ def tune_llm(asked):
     model, curve = bu.tune(model, tokenizer, prompts, rows.label, folder=kept)
     card = {"style": style, "format": asked.format, "llm": model.name_or_path, "rows": len(rows), "data": dataset.name}
     card["codes"] = codes and bu.digest(codes.users, codes.items)
-    bu.save_adapter(model, asked.out, card, curve)
-    shutil.rmtree(kept)
+    if first():
+        bu.save_adapter(model, asked.out, card, curve)
+        shutil.rmtree(kept)
     return {"adapter": asked.out, "rows": len(rows), "steps": len(curve), "loss": round(curve.loss.tail(10).mean(), 4)}
 
 
@@ -219,6 +220,11 @@ def serve_http(asked):
     asyncio.run(bs.serve(recommender(asked), asked.port, asked.address, token, ready))
 
 
+def first():
+    """Whether this process speaks and writes: the only one, or the first of those of `accelerate launch`."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def main(arguments=None):
     """The exit status of a command line; what it prints is said at the top of this file."""
     asked = parser().parse_args(arguments)
@@ -232,5 +238,6 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(json.dumps(answer, indent=2))
+    if first():
+        print(json.dumps(answer, indent=2))
     return 0

@@ -282,7 +282,7 @@ def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, see
     Raises ValueError for vectors that are not finite or all equal, ids without a vector, one class of labels only, or
     bits that are no multiple of 8.
     """
-    bu._check_length(bits)
+    bu.check_length(bits)
     _check_both_classes(interactions=interactions)
     sides = []
     for name, vectors in (("user", user_vectors), ("item", item_vectors)):

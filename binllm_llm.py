@@ -68,7 +68,9 @@ def load_llm(name=None, *, nf4=True, layers=None):
         except OSError as error:
             print(f"{error}\nTrying the hub for {SMOLLM2}")
             source = SMOLLM2
-    dtype, device = compute_dtype(), "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, device = compute_dtype(), "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by `accelerate launch`, a card each
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device)
     if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -319,15 +321,14 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     A plain `model` gets new matrices on the layers that LORA[lora] names; one from `tune` or `load_adapter` goes on
     with its own, in place: the second step of two-step tuning. A step takes at least `batch_size` prompts: those that
     begin alike, such as the rows of one sitting, stay together and are read in one pass. AdamW, gradients clipped at
-    norm 1, linear warm-up over a tenth of the steps, then cosine.
+    norm 1, linear warm-up over a tenth of the steps, then cosine. Processes of `accelerate launch` or torchrun share
+    each step's prompts and come to the weights of one process; a checkpoint goes on with any number of them.
     labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
-    valid: (prompts, labels) to stop early by: their AUC is taken ten times a run, after three times without a better
-    one tuning ends, and the best weights are returned.
+    valid: (prompts, labels) whose AUC is taken ten times; after three without a better one the best weights are kept.
     folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call on a freshly loaded
     model goes on to the weights of an unbroken run. The curve: columns `step, rows, loss, lr, seconds, valid_auc`.
-    Raises ValueError for labels that do not fit, a model whose base carries another adapter, a checkpoint that is
-    damaged or of another run; FloatingPointError for a loss that is not finite, with the checkpoint before it kept;
-    OSError when no checkpoint can be written.
+    Raises ValueError for labels that do not fit, a base that carries another adapter, a checkpoint that is damaged or
+    of another run; FloatingPointError for a loss that is not finite, the checkpoint before it kept; OSError for a disk.
     """
     labels = _check_targets(prompts, labels)
     if valid:
@@ -341,6 +342,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     run = _Run(how, model, ids, answers, labels, batches, lr, seed)
     if folder:
         run.read(folder)
+    progress, folder = progress and run.first, folder if run.first else None  # one speaks and writes for all
     if progress:
         print(run.estimate())
     saved, steps = time.perf_counter(), len(batches)
@@ -445,9 +447,17 @@ class _Run:
         arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
         self.name = digest([*how, ids], labels, *arrays)
         self.curve, self.best, self.began = [], {}, time.perf_counter()
+        self.first = self.accelerator.is_main_process  # of several, where several were launched
 
     def packs(self, batch):
         return make_packs(self.ids, batch, pack_tokens(self.model, training=True), can_pack(self.model))
+
+    def mine(self, batch):
+        """This process's share of a step's rows: all of them, but under `accelerate launch`."""
+        return np.array_split(batch, self.accelerator.num_processes)[self.accelerator.process_index].tolist()
+
+    def sum_over_processes(self, number):
+        return self.accelerator.reduce(torch.tensor(number, dtype=torch.float64, device=self.labels.device)).item()
 
     def step(self):
         """One step of AdamW on the next batch; returns the number of steps done."""
@@ -457,13 +467,17 @@ class _Run:
         rate, loss = self.lr * _warm_up_then_cosine(done, len(self.batches)), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for pack in self.packs(batch):
+        for pack in self.packs(self.mine(batch)):
             with self.accelerator.autocast():
                 logits = answer_logits(self.model, self.ids, pack, self.answers)
             targets = self.labels[rows_of(pack)]
             part = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
             self.accelerator.backward(part)
             loss += part.item()
+        if self.accelerator.num_processes > 1:
+            loss = self.sum_over_processes(loss)
+            for p in self.weights.values():
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)
         norm = float(self.accelerator.clip_grad_norm_(self.weights.values(), 1.0))
         if not math.isfinite(loss) or not (self.accelerator.scaler or math.isfinite(norm)):  # a scaler skips such steps
             raise FloatingPointError(
@@ -484,6 +498,7 @@ class _Run:
         from sklearn.metrics import roc_auc_score
 
         found = roc_auc_score(labels, score(self.model, tokenizer, prompts, progress=False))
+        found = self.sum_over_processes(found) / self.accelerator.num_processes  # that all stop at the same step
         if found > max(self.checks(), default=-1):
             self.best = {name: p.detach().clone() for name, p in self.weights.items()}
         self.curve[-1][-1] = found
@@ -497,7 +512,7 @@ class _Run:
     def estimate(self):
         """What the rest will take, in words: one pack is read twice and timed; backward takes two more."""
         batches = self.batches[len(self.curve) :]
-        packs, timed = [pack for batch in batches for pack in self.packs(batch)], 0.0
+        packs, timed = [pack for batch in batches for pack in self.packs(self.mine(batch))], 0.0
         sizes = [sum(shared + sum(len(self.ids[row]) - shared for row in rows) for shared, rows in p) for p in packs]
         for _ in range(2 if packs else 0):
             began = time.perf_counter()

@@ -221,6 +221,7 @@ class Recipe:
 
     lr: float
     weight_decay: float
+    rows: int | None = None  # training rows for which that decay was searched: more have less of it; None: all the same
     patience: int = 50  # epochs without a better valid AUC after which training ends
     std: float = 1.0  # standard deviation of the embeddings at the start
     shared: bool = False  # one W and b for users and items
@@ -233,8 +234,17 @@ class Recipe:
     dither: float = 0.0  # size of fixed noise in z, which tells apart ids of which little is known
     minority: float = 0.0  # least share of the ids in training that differ from the others in any bit
 
+    def settings(self, n):
+        """Arguments of `train_cf` for `n` training rows.
 
-_STE = Recipe(lr=3e-3, weight_decay=4e-4, std=0.3, scaled=True, features=True, dropout=0.1, average=0.98)
+        Its loss is a mean over them. The more they are, the smaller is the share of any one id, and decay that stayed
+        the same would outweigh what its rows say: two million generated rows then taught codes next to nothing.
+        """
+        decay = self.weight_decay * (min(1, self.rows / n) if self.rows else 1)
+        return {"lr": self.lr, "weight_decay": decay, "average": self.average, "patience": self.patience}
+
+
+_STE = Recipe(lr=3e-3, weight_decay=4e-4, rows=33_891, std=0.3, scaled=True, features=True, dropout=0.1, average=0.98)
 RECIPES = {
     # the formula as printed (Section 3.2); the paper names no settings: the best on valid of six
     "paper": Recipe(lr=1e-2, weight_decay=1e-5, patience=100, shared=True, zero_one=True),
@@ -244,9 +254,11 @@ RECIPES = {
     "ste": _STE,
     # the same, with codes that are distinct and bits that all vary, which costs some accuracy
     "distinct": replace(_STE, weight_decay=3e-4, dither=0.05, minority=0.02),
-    # the same for thirty times as many ratings, all that is before valid: decay is shared among the rows, and there is
-    # enough to learn from with more dropped; searched on valid with 64 bits
-    "past": replace(_STE, weight_decay=1.4e-5, patience=12, dropout=0.35, average=0.998, dither=0.05, minority=0.02),
+    # the same for thirty times as many ratings, all that is before valid: there is enough to learn from with more
+    # dropped; searched on valid with 64 bits
+    "past": replace(
+        _STE, weight_decay=1.4e-5, rows=980_981, patience=12, dropout=0.35, average=0.998, dither=0.05, minority=0.02
+    ),
 }
 
 
@@ -327,23 +339,23 @@ def one_thread():
 
 
 @one_thread()
-def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patience=50, average=None, progress=True):
+def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patience=50, average=None, rows=None,
+             progress=True):  # fmt: skip
     """Train a collaborative `model` on the training split by binary cross-entropy; keep the best epoch.
 
     The best is the one with the highest sum of AUC and UAUC on valid.
     average: decay a step of an exponential moving average of the weights, which is then what is judged and kept.
+    rows: where the training rows come from, if not from the split in memory (`binllm_scale.Shards`).
     Stops `patience` epochs after the best one, but never before the valid AUC has passed .52: plain MF can sit at .5
-    for hundreds of epochs before it begins to learn. A step takes 2,048 rows, or a hundredth of the split if that is
-    more. The same seed gives the same model on the same machine. Leaves `model` in eval mode.
-    Returns the learning curve: a DataFrame with `epoch, loss, valid_auc, seconds`.
-    Raises ValueError when the training or valid labels are of one class only.
+    for hundreds of epochs. A step takes 2,048 rows, or a hundredth if that is more. On one machine a seed is a model.
+    Returns the learning curve: columns `epoch, loss, valid_auc, seconds`. Raises ValueError for labels of one class.
     """
-    _check_both_classes(train=dataset.train, valid=dataset.valid)
-    users, items, labels = (torch.from_numpy(dataset.train[c].to_numpy(copy=True)) for c in ("user", "item", "label"))
+    _check_both_classes(valid=dataset.valid)
+    rows = rows or _InMemory(dataset.train)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     judged = averaged.module if average else model
-    shuffle, batch_size = torch.Generator().manual_seed(int(seed)), max(2048, len(labels) // 100)
+    shuffle, batch_size = torch.Generator().manual_seed(int(seed)), max(2048, len(rows) // 100)
     curve, best, began = [], (-1.0, 0, model.state_dict()), time.perf_counter()
     with tqdm(total=max_epochs, desc=f"{type(model).__name__} epochs", disable=not progress, leave=False) as bar:
         for epoch in range(max_epochs):
@@ -351,9 +363,9 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
             if hasattr(model, "begin_epoch"):
                 model.begin_epoch(epoch)
             total = 0.0
-            for rows in torch.randperm(len(labels), generator=shuffle).split(batch_size):
-                loss = F.binary_cross_entropy_with_logits(model(users[rows], items[rows]), labels[rows].float())
-                total += loss.item() * len(rows)
+            for users, items, labels in rows.batches(batch_size, shuffle):
+                loss = F.binary_cross_entropy_with_logits(model(users, items), labels)
+                total += loss.item() * len(labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -362,7 +374,7 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
             scores = cf_scores(judged, dataset.valid)
             score = auc(dataset.valid.label, scores)
             both = score + user_aucs(dataset.valid.user, dataset.valid.label, scores).fillna(0.5).mean()
-            curve.append((epoch, total / len(labels), score, time.perf_counter() - began))
+            curve.append((epoch, total / len(rows), score, time.perf_counter() - began))
             if both > best[0]:
                 best = (both, epoch, {name: value.clone() for name, value in judged.state_dict().items()})
             bar.update()
@@ -372,6 +384,22 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
     model.load_state_dict(best[2])
     model.eval()
     return pd.DataFrame(curve, columns=["epoch", "loss", "valid_auc", "seconds"])
+
+
+class _InMemory:
+    """The rows of a split as batches in a new order each epoch."""
+
+    def __init__(self, train):
+        _check_both_classes(train=train)
+        self.columns = [torch.from_numpy(train[name].to_numpy(copy=True)) for name in ("user", "item", "label")]
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def batches(self, size, shuffle):
+        for rows in torch.randperm(len(self), generator=shuffle).split(size):
+            users, items, labels = (column[rows] for column in self.columns)
+            yield users, items, labels.float()
 
 
 def _check_both_classes(**parts):
@@ -417,7 +445,7 @@ def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=T
     and for an item its features, say. The same seed gives the same codes on the same machine.
     Raises ValueError for an unknown recipe or when `bits` is not a positive multiple of 8.
     """
-    _check_length(bits)
+    check_length(bits)
     if recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}")
     if max_epochs < 1:
@@ -425,17 +453,18 @@ def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=T
     how = RECIPES[recipe]
     torch.manual_seed(seed)
     model = BinMF(dataset, bits, how)
-    settings = {"lr": how.lr, "weight_decay": how.weight_decay, "average": how.average, "patience": how.patience}
-    curve = train_cf(model, dataset, **settings, seed=seed, max_epochs=max_epochs, progress=progress)
+    curve = train_cf(
+        model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs, progress=progress
+    )
     return model.codes(), curve
 
 
-def _check_length(bits):
+def check_length(bits):
     if not isinstance(bits, (int, np.integer)) or bits <= 0 or bits % 8:
         raise ValueError(f"bits is {bits!r}; a code must have a positive multiple of 8 bits")
 
 
-CODES_VERSION = 1  # raise it when a change of `fit_codes` changes codes: cached ones are then made anew
+CODES_VERSION = 2  # raise it when a change of `fit_codes` changes codes: cached ones are then made anew
 
 
 def cached_codes(dataset, bits=32, seed=0, recipe="ste", fit=fit_codes):

@@ -147,6 +147,32 @@ def test_vectors_give_the_logits(toy):
     assert np.allclose(product, bu.cf_scores(model, toy.test), atol=1e-5)
 
 
+def test_decay_is_shared_among_many_rows():
+    for name, n, decay in (
+        ("ste", 33_891, 4e-4),
+        ("ste", 338_910, 4e-5),
+        ("ste", 100, 4e-4),
+        ("past", 980_981, 1.4e-5),
+    ):
+        assert bu.RECIPES[name].settings(n)["weight_decay"] == pytest.approx(decay)
+    for name in ("paper", "reference"):
+        assert bu.RECIPES[name].settings(10**7)["weight_decay"] == bu.RECIPES[name].weight_decay
+    assert bu.RECIPES["ste"].settings(33_891)["weight_decay"] == 4e-4  # to the bit, for the shipped codes
+
+
+def test_codes_of_many_rows_are_worth_what_they_can_be():
+    """With the decay of 33,891 rows these codes stay at one half."""
+    n, rng = 200_000, np.random.default_rng(0)
+    taste, content = rng.normal(size=(1000, 4)), rng.normal(size=(400, 4))
+    rows = pd.DataFrame({"user": rng.integers(0, 1000, n), "item": rng.integers(0, 400, n), "timestamp": np.arange(n)})
+    rows["label"] = ((taste[rows.user] * content[rows.item]).sum(1) + rng.logistic(size=n) > 0).astype(int)
+    parts = {"train": rows[:180_000], "valid": rows[180_000:190_000], "test": rows[190_000:]}
+    parts = {split: part.reset_index(drop=True) for split, part in parts.items()}
+    many = bu.Dataset(**parts, titles=[str(i) for i in range(400)], name="many")
+    codes, _ = bu.fit_codes(many, max_epochs=12, progress=False)
+    assert bu.auc(many.test.label, codes.similarity(many.test)) > 0.6
+
+
 def test_codes_learn_the_pattern_and_repeat(toy):
     codes, curve = bu.fit_codes(toy, bits=16, seed=3, max_epochs=300, progress=False)
     match = codes.similarity(toy.test)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 import binllm_extras as bx
+import binllm_scale as bs
 import binllm_utils as bu
 
 LONG = "BINLLM_FUZZ" in os.environ  # set by --fuzz
@@ -399,3 +400,43 @@ def test_adapters_are_read_or_refused(kept_adapter, at, new, cut, what, data):
             assert str(error).startswith(str(place)) and len(str(error)) < 2000
         else:
             assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ rows in shards
+IN_SHARDS = st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 1))
+SPOILT = st.sampled_from([None, -1, 2, 1 << 31, 1.0, 0.5, math.nan, "1", b"1", True])
+
+
+@cases(60, 3_000)
+@given(
+    st.lists(IN_SHARDS, max_size=12),
+    st.none() | st.tuples(st.integers(0, 11), st.integers(0, 2), SPOILT),
+    st.sampled_from([None, "user", "label"]) | st.just(None),
+)
+def test_shards_are_read_or_refused(tmp_path_factory, rows, spoil, lacking):
+    with case("read: rows in shards"):
+        table = {name: [row[place] for row in rows] for place, name in enumerate(bs.COLUMNS)}
+        if rows and spoil:
+            place, column, value = spoil
+            mine = table[bs.COLUMNS[column]]
+            if value is not None and type(value) is not int:
+                mine[:] = [type(value)(x) if type(value) is not bytes else b"1" for x in mine]  # of one type
+            mine[place % len(rows)] = value
+        table.pop(lacking, None)
+        folder = tmp_path_factory.mktemp("shards")
+        pd.DataFrame(table).to_parquet(folder / "0.parquet", row_group_size=5)
+        if fits_shards(pd.read_parquet(folder / "0.parquet")):
+            shards = bs.Shards(folder)
+            found = [tuple(map(int, row)) for b in shards.batches(4, torch.Generator(), 2) for row in zip(*b)]
+            assert sorted(found) == sorted(zip(*(map(int, table[name]) for name in bs.COLUMNS)))
+        else:
+            with pytest.raises(ValueError, match="must be|cannot be read|likes and dislikes needed"):
+                bs.Shards(folder)
+
+
+def fits_shards(table):
+    """The rule: three columns of whole numbers (or true and false) that are ids and labels, labels of both kinds."""
+    if not len(table) or set(table) != set(bs.COLUMNS) or any(table[name].dtype.kind not in "iub" for name in table):
+        return False
+    ids = all(table[name].between(0, 2**31 - 1).all() for name in ("user", "item"))
+    return ids and set(table.label.astype(int)) == {0, 1}

@@ -1,0 +1,178 @@
+"""More data than memory and more machines than one: codes from shards on disk, scoring by a cluster (notebook 12).
+
+Tuning needs nothing from here: `bu.tune` under `accelerate launch` takes its share of every step.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+import binllm_utils as bu
+
+COLUMNS = ["user", "item", "label"]
+
+
+# ------------------------------------------------------------------------------------------------------------ codes
+class Shards:
+    """Training rows in a folder of Parquet files, read one row group at a time; one pass counts and checks them.
+
+    Columns `user, item, label`: ids from 0 as integers and 0 or 1; others are not read. len() is the number of rows;
+    `users` and `items` count each id's rows, `likes` those with label 1.
+    Raises OSError when there is no such file, ValueError naming file and row group for anything else in it.
+    """
+
+    def __init__(self, folder):
+        files = sorted(Path(folder).glob("*.parquet"))
+        if not files:
+            raise OSError(f"{folder} holds no .parquet file")
+        self.groups, self.likes = [], 0
+        self.users, self.items = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        for file in files:
+            self.groups += [(file, group) for group in range(_metadata(file).num_row_groups)]
+        for file, group in tqdm(self.groups, desc="counting rows", leave=False, disable=len(self.groups) < 20):
+            user, item, label = self._read(file, group)
+            self.users, self.items = _add(self.users, user), _add(self.items, item)
+            self.likes += int(label.sum())
+        if not 0 < self.likes < len(self):
+            raise ValueError(f"{folder}: of {len(self)} rows {self.likes} are likes; likes and dislikes needed")
+
+    def __len__(self):
+        return int(self.users.sum())
+
+    def _read(self, file, group):
+        """user, item, label of a row group: int64 arrays."""
+        where = f"{file}, row group {group}"
+        try:
+            table = pq.ParquetFile(file).read_row_group(group, columns=COLUMNS)
+            found = [table[name].to_numpy() for name in COLUMNS]
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise ValueError(f"{where} cannot be read ({error!s:.200}); it needs the columns {COLUMNS}") from None
+        for name, values in zip(COLUMNS, found):
+            most = 2 if name == "label" else 1 << 31
+            if values.dtype.kind not in "iub" or (len(values) and not 0 <= values.min() <= values.max() < most):
+                wanted = "0 or 1" if name == "label" else "whole numbers from 0"
+                raise ValueError(f"{where}: {name} must be {wanted}, none missing; ids are numbered by pd.factorize")
+        return [values.astype(np.int64) for values in found]
+
+    def batches(self, size, shuffle, together=8):
+        """All rows once, in a new order: tensors of users, items and labels, `size` rows a batch but for the last.
+
+        Row groups come in random order and the rows of `together` of them are mixed, so a file in any order will do if
+        its row groups are small beside it. shuffle: a torch.Generator.
+        """
+        order, rest = torch.randperm(len(self.groups), generator=shuffle).tolist(), np.zeros((3, 0), np.int64)
+        for start in range(0, len(order), together):
+            read = [np.stack(self._read(*self.groups[place])) for place in order[start : start + together]]
+            rows = torch.from_numpy(np.concatenate([rest, *read], axis=1))
+            rows = rows[:, torch.randperm(rows.shape[1], generator=shuffle)]
+            whole = rows.shape[1] // size * size if start + together < len(order) else rows.shape[1]
+            for users, items, labels in rows[:, :whole].split(size, dim=1) if whole else ():
+                yield users, items, labels.float()
+            rest = rows[:, whole:].numpy()
+
+
+def _metadata(file):
+    try:
+        return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is no Parquet file ({error!s:.200})") from None
+
+
+def _add(counts, ids):
+    """`counts` with one more for each of `ids`, longer where an id asks for it."""
+    new = np.bincount(ids, minlength=len(counts))
+    new[: len(counts)] += counts
+    return new
+
+
+def fit_streamed(shards, valid, bits=32, seed=0, recipe="distinct", max_epochs=10, progress=True):
+    """(Codes, learning curve): as `bu.fit_codes`, of rows that are read from disk anew each epoch.
+
+    valid: DataFrame `user, item, label`, in memory; the epoch that ranks it best is kept. Codes go up to the largest id
+    of either. What is known of an item besides its ratings is not used. In memory are a few row groups, a step's
+    rows, and of each user and item `bits` numbers six times: weight, gradient, two moments, moving average, the best
+    epoch's; as many again within a step.
+    Raises ValueError as `bu.fit_codes` does, and for a valid of one class.
+    """
+    bu.check_length(bits)
+    sizes = [max(len(counts), int(valid[side].max()) + 1) for side, counts in _sides(shards)]
+    seen = SimpleNamespace(**{side: np.flatnonzero(counts) for side, counts in _sides(shards)})
+    shell = SimpleNamespace(n_users=sizes[0], n_items=sizes[1], train=vars(seen), valid=valid)
+    how = replace(bu.RECIPES[recipe], features=False)
+    torch.manual_seed(seed)
+    model = bu.BinMF(shell, bits, how)
+    bu.zero_unseen(model, seen)
+    curve = bu.train_cf(
+        model, shell, **how.settings(len(shards)), seed=seed, max_epochs=max_epochs, rows=shards, progress=progress
+    )
+    return model.codes(), curve
+
+
+def _sides(shards):
+    return ("user", shards.users), ("item", shards.items)
+
+
+def write_shards(frames, folder, rows_a_group=1 << 17):
+    """Write each DataFrame of `frames`, an iterable, to a Parquet file of `folder` with small row groups."""
+    for number, frame in enumerate(frames):
+        with bu.replacing(Path(folder, f"{number:05d}.parquet")) as part:
+            pq.write_table(
+                pa.Table.from_pandas(frame[COLUMNS], preserve_index=False), part, row_group_size=rows_a_group
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+def score_everywhere(client, load, prompts, rows_a_part=256, progress=True):
+    """P(Yes) of `prompts`, float64 [n], by the workers of a dask.distributed `client`; each is answered once.
+
+    load: a function without arguments that gives (model, tokenizer); a worker calls it once and keeps the model while
+    this runs. Prompts that begin alike go to one worker together. When a worker dies, another gets what it had.
+    dask sends functions by pickle: keep the scheduler on loopback or behind TLS.
+    Raises ValueError when workers have more than one thread, for a model answers one at a time; what `load` or `score`
+    raise is raised here, and the other parts are given up.
+    """
+    from distributed import as_completed
+
+    threads = {worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
+    if threads - {1}:
+        raise ValueError(f"a worker has {max(threads)} threads; start workers with --nthreads 1, more of them instead")
+    order, p, run = (
+        np.argsort(np.array(prompts, dtype=object), kind="stable"),
+        np.full(len(prompts), np.nan),
+        uuid4().hex,
+    )
+    parts = [order[start : start + rows_a_part] for start in range(0, len(order), rows_a_part)]
+    futures = {client.submit(_score_part, run, load, [prompts[i] for i in part], pure=False): part for part in parts}
+    try:
+        with tqdm(total=len(prompts), desc="scoring", disable=not progress, leave=False) as bar:
+            for future in as_completed(futures):
+                p[futures[future]] = future.result()
+                bar.update(len(futures[future]))
+    finally:
+        client.cancel(list(futures))
+    return p
+
+
+def _score_part(run, load, prompts):
+    """On a worker: answers of one part, by the model that it loaded for this run."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    if getattr(worker, "llm", (None,))[0] != run:
+        worker.llm = run, *load()
+    _, model, tokenizer = worker.llm
+    return bu.score(model, tokenizer, prompts, progress=False)
+
+
+def smollm2(adapter=None, nf4=True):
+    """(model, tokenizer) for `score_everywhere`: `bu.load_llm`, with the adapter of that folder."""
+    bu.quiet()
+    model, tokenizer = bu.load_llm(nf4=nf4)
+    return (bu.load_adapter(model, adapter) if adapter else model), tokenizer
