@@ -15,7 +15,7 @@ from torch import nn
 import binllm_utils as bu
 from binllm_data import _column, _ids, _seconds
 from binllm_llm import _check_bare
-from binllm_utils import Codes, _check_bits, _check_both_classes, _one_code, as_array, to_pairs, train_cf, zero_unseen
+from binllm_utils import Codes, _check_bits, _one_code, as_array, check_both_classes, to_pairs, train_cf, zero_unseen
 
 
 # ---------------------------------------------------------------------------------------------------------- baselines
@@ -283,7 +283,7 @@ def codes_from_embeddings(user_vectors, item_vectors, interactions, bits=32, see
     bits that are no multiple of 8.
     """
     bu.check_length(bits)
-    _check_both_classes(interactions=interactions)
+    check_both_classes(interactions=interactions)
     sides = []
     for name, vectors in (("user", user_vectors), ("item", item_vectors)):
         vectors = _check_vectors(vectors, f"{name} vectors")

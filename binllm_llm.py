@@ -322,7 +322,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     with its own, in place: the second step of two-step tuning. A step takes at least `batch_size` prompts: those that
     begin alike, such as the rows of one sitting, stay together and are read in one pass. AdamW, gradients clipped at
     norm 1, linear warm-up over a tenth of the steps, then cosine. Processes of `accelerate launch` or torchrun share
-    each step's prompts and come to the weights of one process; a checkpoint goes on with any number of them.
+    each step's prompts and, without dropout, come to the weights of one; a checkpoint goes on with any number of them.
     labels: 0 and 1, or shares between them. shuffle=False takes the prompts in the order given, easy ones first.
     valid: (prompts, labels) whose AUC is taken ten times; after three without a better one the best weights are kept.
     folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call on a freshly loaded
@@ -342,6 +342,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     run = _Run(how, model, ids, answers, labels, batches, lr, seed)
     if folder:
         run.read(folder)
+    run.check_processes()
     progress, folder = progress and run.first, folder if run.first else None  # one speaks and writes for all
     if progress:
         print(run.estimate())
@@ -456,6 +457,13 @@ class _Run:
         """This process's share of a step's rows: all of them, but under `accelerate launch`."""
         return np.array_split(batch, self.accelerator.num_processes)[self.accelerator.process_index].tolist()
 
+    def check_processes(self):
+        """Raise ValueError when processes hold different runs or are at different steps: sums would be nonsense."""
+        from accelerate.utils import gather_object
+
+        if len(set(gather_object([(self.name, len(self.curve))]))) > 1:
+            raise ValueError("the processes differ in data, weights or step; give all the same codes and one folder")
+
     def sum_over_processes(self, number):
         return self.accelerator.reduce(torch.tensor(number, dtype=torch.float64, device=self.labels.device)).item()
 
@@ -467,7 +475,10 @@ class _Run:
         rate, loss = self.lr * _warm_up_then_cosine(done, len(self.batches)), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for pack in self.packs(self.mine(batch)):
+        mine = self.mine(batch)
+        if not mine:  # more processes than rows: a gradient all the same
+            self.accelerator.backward(0.0 * sum(p.sum() for p in self.weights.values()))
+        for pack in self.packs(mine):
             with self.accelerator.autocast():
                 logits = answer_logits(self.model, self.ids, pack, self.answers)
             targets = self.labels[rows_of(pack)]
@@ -477,7 +488,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             loss = self.sum_over_processes(loss)
             for p in self.weights.values():
-                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+                p.grad = self.accelerator.reduce(p.grad)
         norm = float(self.accelerator.clip_grad_norm_(self.weights.values(), 1.0))
         if not math.isfinite(loss) or not (self.accelerator.scaler or math.isfinite(norm)):  # a scaler skips such steps
             raise FloatingPointError(
@@ -548,7 +559,10 @@ class _Run:
             raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
         if notes.get("run") != self.name:
             raise ValueError(f"{path} is of another run (model, prompts, labels or settings); give another folder")
-        wanted = {"curve", *(f"{key} {name}" for name in self.weights for key in ("weight", "step", "exp_avg"))}
+        wanted = {
+            "curve",
+            *(f"{key} {name}" for name in self.weights for key in ("weight", "step", "exp_avg", "exp_avg_sq")),
+        }
         if wanted - set(tensors):
             raise ValueError(f"{path} is damaged (no {(wanted - set(tensors)).pop()}); delete it to begin anew")
         for name, p in self.weights.items():

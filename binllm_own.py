@@ -218,6 +218,7 @@ class _Source:
         line = 1
         try:
             for batch in pq.ParquetFile(self.path).iter_batches(CHUNK, columns=wanted):
+                batch.validate(full=True)  # a text that is no UTF-8 would be noticed much later
                 yield line, batch.to_pandas(ignore_metadata=True, types_mapper=pd.ArrowDtype)
                 line += len(batch)
         except Exception as error:  # Arrow has many kinds of its own

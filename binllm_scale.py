@@ -24,15 +24,15 @@ class Shards:
     """Training rows in a folder of Parquet files, read one row group at a time; one pass counts and checks them.
 
     Columns `user, item, label`: ids from 0 as integers and 0 or 1; others are not read. len() is the number of rows;
-    `users` and `items` count each id's rows, `likes` those with label 1.
+    `users` and `items` count each id's rows, `likes` those with label 1. together: row groups whose rows are mixed.
     Raises OSError when there is no such file, ValueError naming file and row group for anything else in it.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, together=8):
         files = sorted(Path(folder).glob("*.parquet"))
         if not files:
             raise OSError(f"{folder} holds no .parquet file")
-        self.groups, self.likes = [], 0
+        self.groups, self.likes, self.together = [], 0, together
         self.users, self.items = np.zeros(0, np.int64), np.zeros(0, np.int64)
         for file in files:
             self.groups += [(file, group) for group in range(_metadata(file).num_row_groups)]
@@ -61,21 +61,23 @@ class Shards:
                 raise ValueError(f"{where}: {name} must be {wanted}, none missing; ids are numbered by pd.factorize")
         return [values.astype(np.int64) for values in found]
 
-    def batches(self, size, shuffle, together=8):
+    def batches(self, size, shuffle):
         """All rows once, in a new order: tensors of users, items and labels, `size` rows a batch but for the last.
 
-        Row groups come in random order and the rows of `together` of them are mixed, so a file in any order will do if
-        its row groups are small beside it. shuffle: a torch.Generator.
+        Row groups come in random order and the rows of `together` of them, or of a batch's worth, are mixed.
+        shuffle: a torch.Generator.
         """
-        order, rest = torch.randperm(len(self.groups), generator=shuffle).tolist(), np.zeros((3, 0), np.int64)
-        for start in range(0, len(order), together):
-            read = [np.stack(self._read(*self.groups[place])) for place in order[start : start + together]]
-            rows = torch.from_numpy(np.concatenate([rest, *read], axis=1))
-            rows = rows[:, torch.randperm(rows.shape[1], generator=shuffle)]
-            whole = rows.shape[1] // size * size if start + together < len(order) else rows.shape[1]
-            for users, items, labels in rows[:, :whole].split(size, dim=1) if whole else ():
+        order, held = torch.randperm(len(self.groups), generator=shuffle).tolist(), []
+        for number, place in enumerate(order, 1):
+            held.append(torch.from_numpy(np.stack(self._read(*self.groups[place]))))
+            last, count = number == len(order), sum(rows.shape[1] for rows in held)
+            if not last and (len(held) < self.together or count < size):
+                continue
+            rows = torch.cat(held, dim=1)[:, torch.randperm(count, generator=shuffle)]
+            whole = count if last else count // size * size
+            for users, items, labels in rows[:, :whole].split(size, dim=1):
                 yield users, items, labels.float()
-            rest = rows[:, whole:].numpy()
+            held = [rows[:, whole:]]
 
 
 def _metadata(file):
@@ -96,16 +98,16 @@ def fit_streamed(shards, valid, bits=32, seed=0, recipe="distinct", max_epochs=1
     """(Codes, learning curve): as `bu.fit_codes`, of rows that are read from disk anew each epoch.
 
     valid: DataFrame `user, item, label`, in memory; the epoch that ranks it best is kept. Codes go up to the largest id
-    of either. What is known of an item besides its ratings is not used. In memory are a few row groups, a step's
-    rows, and of each user and item `bits` numbers six times: weight, gradient, two moments, moving average, the best
-    epoch's; as many again within a step.
-    Raises ValueError as `bu.fit_codes` does, and for a valid of one class.
+    of either. What is known of an item besides its ratings is not used. In memory are a few row groups, a step's rows,
+    and of each user and item `bits` numbers eight times (weight, gradient, two moments, moving average, the best
+    epoch's, dither and its copy), and about as often again within a step.
+    Raises ValueError as `bu.fit_codes` does.
     """
-    bu.check_length(bits)
+    how = replace(bu.check_recipe(bits, recipe, max_epochs), features=False)
+    bu.check_both_classes(valid=valid)
     sizes = [max(len(counts), int(valid[side].max()) + 1) for side, counts in _sides(shards)]
     seen = SimpleNamespace(**{side: np.flatnonzero(counts) for side, counts in _sides(shards)})
     shell = SimpleNamespace(n_users=sizes[0], n_items=sizes[1], train=vars(seen), valid=valid)
-    how = replace(bu.RECIPES[recipe], features=False)
     torch.manual_seed(seed)
     model = bu.BinMF(shell, bits, how)
     bu.zero_unseen(model, seen)
@@ -120,36 +122,40 @@ def _sides(shards):
 
 
 def write_shards(frames, folder, rows_a_group=1 << 17):
-    """Write each DataFrame of `frames`, an iterable, to a Parquet file of `folder` with small row groups."""
-    for number, frame in enumerate(frames):
-        with bu.replacing(Path(folder, f"{number:05d}.parquet")) as part:
-            pq.write_table(
-                pa.Table.from_pandas(frame[COLUMNS], preserve_index=False), part, row_group_size=rows_a_group
-            )
+    """Write each DataFrame of `frames`, an iterable, to a Parquet file with small row groups; `folder` is made anew.
+
+    Raises ValueError for a folder that holds other files than such.
+    """
+    bu.check_replaceable(folder, "00000.parquet", "shards")
+    with bu.replacing(folder) as part:
+        part.mkdir(exist_ok=True)
+        for number, frame in enumerate(frames):
+            table = pa.Table.from_pandas(frame[COLUMNS], preserve_index=False)
+            pq.write_table(table, part / f"{number:05d}.parquet", row_group_size=rows_a_group)
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
 def score_everywhere(client, load, prompts, rows_a_part=256, progress=True):
-    """P(Yes) of `prompts`, float64 [n], by the workers of a dask.distributed `client`; each is answered once.
+    """P(Yes) of `prompts`, float64 [n], by the workers of a dask.distributed `client`.
 
-    load: a function without arguments that gives (model, tokenizer); a worker calls it once and keeps the model while
-    this runs. Prompts that begin alike go to one worker together. When a worker dies, another gets what it had.
-    dask sends functions by pickle: keep the scheduler on loopback or behind TLS.
-    Raises ValueError when workers have more than one thread, for a model answers one at a time; what `load` or `score`
-    raise is raised here, and the other parts are given up.
+    load: a function without arguments that gives (model, tokenizer); a worker calls it once a run, and keeps the model
+    until the next. Prompts that begin alike go to one worker together. When a worker dies, another gets what it had;
+    a part that three workers died of is given up (dask's KilledWorker).
+    dask sends functions by pickle, which can do anything: keep the scheduler on loopback or behind TLS.
+    Raises ValueError for no prompts, no worker, or workers with more than one thread, for a model answers one at a
+    time; what `load` or `bu.score` raise is raised here, and the other parts are given up.
     """
     from distributed import as_completed
 
     threads = {worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
-    if threads - {1}:
+    if not len(prompts) or not threads:
+        raise ValueError(f"{len(prompts)} prompts and {len(threads)} workers; give some of both")
+    if threads != {1}:
         raise ValueError(f"a worker has {max(threads)} threads; start workers with --nthreads 1, more of them instead")
-    order, p, run = (
-        np.argsort(np.array(prompts, dtype=object), kind="stable"),
-        np.full(len(prompts), np.nan),
-        uuid4().hex,
-    )
+    order, run = sorted(range(len(prompts)), key=prompts.__getitem__), uuid4().hex
     parts = [order[start : start + rows_a_part] for start in range(0, len(order), rows_a_part)]
     futures = {client.submit(_score_part, run, load, [prompts[i] for i in part], pure=False): part for part in parts}
+    p = np.full(len(prompts), np.nan)
     try:
         with tqdm(total=len(prompts), desc="scoring", disable=not progress, leave=False) as bar:
             for future in as_completed(futures):
@@ -166,13 +172,7 @@ def _score_part(run, load, prompts):
 
     worker = get_worker()
     if getattr(worker, "llm", (None,))[0] != run:
+        worker.llm = (None,)  # the one before goes first, for two may not fit
         worker.llm = run, *load()
     _, model, tokenizer = worker.llm
     return bu.score(model, tokenizer, prompts, progress=False)
-
-
-def smollm2(adapter=None, nf4=True):
-    """(model, tokenizer) for `score_everywhere`: `bu.load_llm`, with the adapter of that folder."""
-    bu.quiet()
-    model, tokenizer = bu.load_llm(nf4=nf4)
-    return (bu.load_adapter(model, adapter) if adapter else model), tokenizer

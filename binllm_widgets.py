@@ -215,16 +215,16 @@ class Playground(ipywidgets.VBox):
     """The prompt of a user and a film, live: flip bits, drop likes, change user, film or notation; P(Yes) follows.
 
     model: an LLM with an adapter (`bu.load_adapter`); it is asked without and with it. rows: one for each user to
-    choose from, with the history of that time. Controls answer at once and one thread asks the model, always for the
-    newest state, so that nothing piles up; `wait()` waits for it. While it reads, do not ask the same model elsewhere:
-    what one pass is told about the adapter would reach the other.
+    choose from, with the history of that time. Controls answer at once and the model is asked behind them, always for
+    the newest state, so that nothing piles up; `wait()` waits for it. Ask the same model elsewhere only `with
+    play.reader.lock`, for what one pass is told about the adapter would reach the other.
     """
 
     def __init__(self, dataset, codes, model, tokenizer, rows):
         self.dataset, self.codes, self.reader, self.rows = dataset, codes, Reader(model, tokenizer), rows
         self.liked = bu.liked_before(dataset, rows)
-        self.result, self.asked, self.todo, self.thread = None, 0, threading.Event(), None
-        self.ahead = list(range(1, len(rows)))  # users whose prompts are read while there is nothing else to do
+        self.result, self.asked, self.turn = None, 0, threading.Lock()
+        self.ahead = list(range(1, min(len(rows), 7)))  # users whose prompts are read while nothing else is to do
         users = [(str(user), place) for place, user in enumerate(rows.user)]
         self.user = ipywidgets.Dropdown(options=users, description="user")
         self.film = ipywidgets.Combobox(
@@ -285,16 +285,13 @@ class Playground(ipywidgets.VBox):
             self.view.value = f'<p role="status">{html.escape(str(error))}</p>'
             return
         self._show(*self.newest[1:], None)
-        self.todo.set()
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
+        threading.Thread(target=self._answer, args=self.newest, daemon=True).start()
 
-    def _work(self):
-        """Ask the model for the newest state, again and again."""
-        while self.todo.wait():
-            self.todo.clear()
-            number, template, values, similarity = self.newest
+    def _answer(self, number, template, values, similarity):
+        """Ask the model, unless something newer was asked before its turn; then read ahead until something is."""
+        with self.turn:
+            if number != self.asked:
+                return
             result = {"number": number, "similarity": similarity}
             try:
                 result |= dict(zip(("before", "after"), self.reader.ask(template.format(**values))))
@@ -303,7 +300,7 @@ class Playground(ipywidgets.VBox):
             if number == self.asked:
                 self._show(template, values, similarity, result)
                 self.result = result
-            while self.ahead and not self.todo.is_set():
+            while self.ahead and number == self.asked:
                 self._read_ahead(self.ahead.pop(0))
 
     def _read_ahead(self, place):

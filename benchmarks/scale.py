@@ -1,5 +1,5 @@
-"""Time and memory of codes learned from shards on disk, of 1, 5 and 25 million generated interactions; rows of
-data/results/scale.csv.
+"""Time and memory of codes learned from shards on disk, of 1, 5 and 25 million generated interactions, and of 5 million
+with as many users and items as the 25 have; rows of data/results/scale.csv.
 
 python benchmarks/scale.py             some minutes on two CPU cores
 
@@ -24,19 +24,19 @@ import records
 import binllm_scale as bs
 import binllm_utils as bu
 
-SIZES = (1_000_000, 5_000_000, 25_000_000)
+SIZES = ((1_000_000, 1), (5_000_000, 1), (5_000_000, 5), (25_000_000, 1))  # rows, and how many times the ids
 EPOCHS = 5
 CHUNK = 1 << 20
 
 
-def generate(n, seed=0):
-    """DataFrames `user, item, label` of together `n` rows: 150 a user and 500 an item on average.
+def generate(n, more=1, seed=0):
+    """DataFrames `user, item, label` of together `n` rows: 150 a user and 500 an item on average, or by `more` fewer.
 
     Users and items have 4 hidden numbers each, items also a quality; the inner product, the quality and noise decide
     the label. Low item ids come up more often.
     """
     rng = np.random.default_rng(0)
-    n_users, n_items = n // 150, n // 500
+    n_users, n_items = more * n // 150, more * n // 500
     taste, content = rng.normal(size=(n_users, 4)).astype("f4"), rng.normal(size=(n_items, 4)).astype("f4")
     quality, rng = rng.normal(size=n_items), np.random.default_rng(seed)
     for start in range(0, n, CHUNK):
@@ -47,16 +47,16 @@ def generate(n, seed=0):
         yield pd.DataFrame({"user": user, "item": item, "label": label.astype(int)})
 
 
-def held_out(n, seed):
+def held_out(n, more, seed):
     """A hundredth as many rows, of the same users and items."""
-    return next(generate(n, seed)).head(n // 100)
+    return next(generate(n, more, seed)).head(n // 100)
 
 
-def child(n, folder):
+def child(n, more, folder):
     """Learn codes of the shards in `folder`; print the measured numbers as JSON."""
     shards = bs.Shards(folder)
-    codes, curve = bs.fit_streamed(shards, held_out(n, 1), max_epochs=EPOCHS, progress=False)
-    test = held_out(n, 2)
+    codes, curve = bs.fit_streamed(shards, held_out(n, more, 1), max_epochs=EPOCHS, progress=False)
+    test = held_out(n, more, 2)
     row = {"interactions": len(shards), "users": len(codes.users), "items": len(codes.items)}
     row["seconds_per_epoch"] = round(float(np.median(np.diff(curve.seconds, prepend=0))), 2)
     row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
@@ -65,15 +65,15 @@ def child(n, folder):
 
 
 def main():
-    for n in SIZES:
+    for n, more in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            bs.write_shards(generate(n), folder)
-            command = [sys.executable, __file__, str(n), folder]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            bs.write_shards(generate(n, more), folder)
+            command = [sys.executable, __file__, str(n), str(more), folder]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(row, flush=True)
-        records.put_row(ROOT / "data" / "results" / "scale.csv", row, ["interactions"])
+        records.put_row(ROOT / "data" / "results" / "scale.csv", row, ["interactions", "users"])
 
 
 if __name__ == "__main__":
-    child(int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 1 else main()
+    child(*map(int, sys.argv[1:3]), sys.argv[3]) if len(sys.argv) > 1 else main()

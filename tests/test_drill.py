@@ -426,8 +426,8 @@ def test_shards_are_read_or_refused(tmp_path_factory, rows, spoil, lacking):
         folder = tmp_path_factory.mktemp("shards")
         pd.DataFrame(table).to_parquet(folder / "0.parquet", row_group_size=5)
         if fits_shards(pd.read_parquet(folder / "0.parquet")):
-            shards = bs.Shards(folder)
-            found = [tuple(map(int, row)) for b in shards.batches(4, torch.Generator(), 2) for row in zip(*b)]
+            shards = bs.Shards(folder, together=2)
+            found = [tuple(map(int, row)) for b in shards.batches(4, torch.Generator()) for row in zip(*b)]
             assert sorted(found) == sorted(zip(*(map(int, table[name]) for name in bs.COLUMNS)))
         else:
             with pytest.raises(ValueError, match="must be|cannot be read|likes and dislikes needed"):

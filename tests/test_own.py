@@ -369,6 +369,17 @@ def test_a_user_with_very_many_rows_and_no_times(tmp_path):
         read.split()
 
 
+def test_a_title_in_parquet_that_is_no_text_is_refused(tmp_path):
+    table = pd.DataFrame(
+        {"user": [1, 1, 2], "item": [1, 2, 1], "rating": [5, 1, 3], "title": ["Emma", "Alien", "Emma"]}
+    )
+    table.to_parquet(tmp_path / "x.parquet", compression=None)
+    content = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(content.replace(b"Alien", b"\xfflien"))
+    with pytest.raises(ValueError, match=r"x\.parquet.*UTF"):
+        bo.read_interactions(tmp_path / "x.parquet")
+
+
 @cases(150, 4_000)
 @given(
     st.integers(0, 10**9),

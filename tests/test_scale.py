@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ import pytest
 import torch
 from stages import PROMPTS, tiny_llm, tokenizer
 
+import binllm_llm
 import binllm_scale as bs
 import binllm_utils as bu
 
@@ -28,17 +31,15 @@ HERE = Path(__file__).resolve()
 def tune_here(folder, stop=None):
     """The run that all process counts must agree on; with `stop`, it is cut off after that many steps."""
     labels = [i % 3 == 0 for i in range(len(PROMPTS))]
-    options = {"batch_size": 5, "lr": 3e-3, "epochs": 2, "folder": folder, "save_seconds": 0, "progress": False}
-    if stop:
-        real, bu.binllm_llm = bu.tune, sys.modules["binllm_llm"]
-        ended = bu.binllm_llm._Run.ended
-        bu.binllm_llm._Run.ended = lambda run: ended(run) or len(run.curve) >= stop
-        model, curve = real(tiny_llm(), tokenizer(), PROMPTS, labels, **options)
-    else:
-        model, curve = bu.tune(tiny_llm(), tokenizer(), PROMPTS, labels, **options)
+    options = {"batch_size": 1, "lr": 3e-3, "folder": folder, "save_seconds": 0, "progress": False}
+    step, ended, steps = binllm_llm._Run.step, binllm_llm._Run.ended, []
+    binllm_llm._Run.step = lambda run: (steps.append(1), step(run))[1]
+    binllm_llm._Run.ended = lambda run: ended(run) or len(run.curve) == stop
+    model, curve = bu.tune(tiny_llm(), tokenizer(), PROMPTS, labels, **options)
     p = bu.score(model, tokenizer(), PROMPTS, progress=False)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps({"loss": curve.loss.tolist(), "p": p.tolist(), "world": os.environ.get("WORLD_SIZE", "1")}))
+        world = os.environ.get("WORLD_SIZE", "1")
+        print(json.dumps({"loss": curve.loss.tolist(), "p": p.tolist(), "world": world, "steps": len(steps)}))
 
 
 def launched(processes, *arguments):
@@ -69,15 +70,20 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     cut = launched(2, tmp_path, 4)
     assert len(cut["loss"]) == 4 < len(alone["loss"])
     resumed = launched(1, tmp_path)
+    assert resumed["steps"] == len(alone["loss"]) - 4
     assert np.abs(np.array(alone["loss"]) - resumed["loss"]).max() < 1e-4
     assert np.abs(np.array(alone["p"]) - resumed["p"]).max() < 1e-4
 
 
+def test_processes_that_hold_different_runs_are_refused(monkeypatch):
+    run = SimpleNamespace(name="a", curve=[1, 2])
+    for others, good in (([("a", 2)], True), ([("a", 0)], False), ([("b", 2)], False)):
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda mine, others=others: mine + others)
+        with nullcontext() if good else pytest.raises(ValueError, match="differ in data, weights or step"):
+            binllm_llm._Run.check_processes(run)
+
+
 def test_each_process_takes_a_share_and_all_together_every_row():
-    from types import SimpleNamespace
-
-    import binllm_llm
-
     for n, processes in ((17, 2), (3, 4), (24, 3)):
         shares = []
         for rank in range(processes):
@@ -105,8 +111,6 @@ def client():
 
 def load_and_note(folder):
     """A worker's model; every prompt that it is asked about is noted in a file of its own process."""
-    import binllm_llm
-
     model, words = load_tiny()
     real = binllm_llm.score  # in bu it may be a noting one already
 
@@ -136,12 +140,14 @@ def test_a_worker_that_is_killed_loses_nothing(client, tmp_path):
     def kill_one():
         while len(list(tmp_path.glob("*.json"))) < 2:
             time.sleep(0.05)
-        os.kill(int(next(iter(tmp_path.glob("*.json"))).stem), signal.SIGKILL)
+        killed.append(int(next(iter(tmp_path.glob("*.json"))).stem))
+        os.kill(killed[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_one)
+    killed, killer = [], threading.Thread(target=kill_one)
     killer.start()
     p = bs.score_everywhere(client, load, prompts, rows_a_part=8, progress=False)
     killer.join()
+    assert killed and killed[0] not in client.run(os.getpid).values()
     assert np.abs(p - bu.score(*load_tiny(), prompts, progress=False)).max() < 1e-6
 
 
@@ -150,20 +156,27 @@ def test_what_a_worker_cannot_do_is_said_here(client):
         bs.score_everywhere(client, load_tiny, ["", *PROMPTS], progress=False)
 
 
-def test_workers_with_two_threads_are_refused():
-    class Odd:
-        def scheduler_info(self, n_workers):
-            return {"workers": {"a": {"nthreads": 1}, "b": {"nthreads": 2}}}
-
-    with pytest.raises(ValueError, match="--nthreads 1"):
-        bs.score_everywhere(Odd(), load_tiny, PROMPTS)
+@pytest.mark.parametrize(
+    "threads, prompts, said",
+    [
+        ((1, 2), PROMPTS, "--nthreads 1"),
+        ((), PROMPTS, "24 prompts and 0 workers"),
+        ((1,), [], "0 prompts and 1 workers"),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_refused(threads, prompts, said):
+    client = SimpleNamespace(
+        scheduler_info=lambda n_workers: {"workers": dict(enumerate({"nthreads": n} for n in threads))}
+    )
+    with pytest.raises(ValueError, match=said):
+        bs.score_everywhere(client, load_tiny, prompts)
 
 
 # --------------------------------------------------------------------------------------------- codes, from shards
 def in_shards(rows, folder, files=3, rows_a_group=40):
     parts = np.array_split(np.random.default_rng(0).permutation(len(rows)), files)
     bs.write_shards((rows.iloc[part] for part in parts), folder, rows_a_group)
-    return bs.Shards(folder)
+    return bs.Shards(folder, together=2)
 
 
 def test_shards_hold_each_row_once_in_an_order_of_its_own_each_epoch(toy, tmp_path):
@@ -175,7 +188,7 @@ def test_shards_hold_each_row_once_in_an_order_of_its_own_each_epoch(toy, tmp_pa
     for seed in (0, 0, 1):
         shuffle, epochs = torch.Generator().manual_seed(seed), []
         for _ in range(2):
-            batches = list(shards.batches(64, shuffle, together=2))
+            batches = list(shards.batches(64, shuffle))
             assert {len(batch[0]) for batch in batches[:-1]} == {64} and batches[-1][2].dtype == torch.float32
             epochs.append([tuple(map(int, row)) for batch in batches for row in zip(*batch)])
             assert sorted(epochs[-1]) == wanted
@@ -205,6 +218,26 @@ def test_an_id_without_a_row_has_a_code_that_all_such_share(toy, tmp_path):
 
 def a_file(folder, **columns):
     pq.write_table(pa.table({"user": [0, 1], "item": [0, 1], "label": [0, 1]} | columns), folder / "0.parquet")
+
+
+def test_shards_are_made_anew_and_nothing_else_is_deleted(toy, tmp_path):
+    for files in (3, 1):
+        assert len(in_shards(toy.train, tmp_path / "shards", files)) == len(toy.train)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        bs.write_shards([toy.train], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [({"recipe": "no"}, "recipe is 'no'"), ({"bits": 12}, "multiple of 8"), ({"max_epochs": 0}, "max_epochs is 0")],
+)
+def test_what_fit_codes_refuses_is_refused_for_shards(toy, tmp_path, options, said):
+    shards = in_shards(toy.train, tmp_path / "shards")
+    with pytest.raises(ValueError, match=said):
+        bs.fit_streamed(shards, toy.valid, **options)
+    with pytest.raises(ValueError, match="valid: no rows"):
+        bs.fit_streamed(shards, toy.valid.head(0))
 
 
 @pytest.mark.parametrize(

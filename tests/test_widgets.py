@@ -51,6 +51,13 @@ def play(toy, llm):
     return bw.Playground(toy, codes, model, llm[1], rows), model, llm[1]
 
 
+def idle(play):
+    """Wait for the answer and for all that is read ahead."""
+    play.wait()
+    with play.turn:
+        pass
+
+
 def wanted(play, model, tokenizer):
     """P(Yes) before and after by `bu.score` of the whole prompt."""
     template, values, _ = play.prompt()
@@ -94,9 +101,7 @@ def test_nothing_is_read_twice(play):
 
     def pieces(act):
         act()
-        play.wait()
-        while play.ahead or play.reader.lock.locked():
-            threading.Event().wait(0.01)
+        idle(play)
         found, read[:] = [shape[1] for shape in read], []
         return found, len(bu.encode_prompts(model, tokenizer, [play.newest[1].format(**play.newest[2])])[0])
 
@@ -114,7 +119,7 @@ def test_nothing_is_read_twice(play):
 
 def test_changes_in_quick_succession_do_not_pile_up(play):
     play, *_ = play
-    play.wait()
+    idle(play)
     asked, real = [], play.reader.ask
     play.reader.ask = lambda *given: (asked.append(given), threading.Event().wait(0.2), real(*given))[2]
     for turn in range(31):
@@ -127,7 +132,7 @@ def test_changes_in_quick_succession_do_not_pile_up(play):
 @pytest.mark.parametrize("title", ["", "no such film", "<img src=x onerror=alert(1)>"])
 def test_a_film_that_is_none_is_said_in_the_playground(play, title):
     play, *_ = play
-    play.wait()
+    idle(play)
     done, real = threading.Event(), play.reader.ask
     play.reader.ask = lambda *given: (threading.Event().wait(0.3), real(*given), done.set())[1]
     play.bits[0].value = not play.bits[0].value  # the model is still reading this when the film is gone
