@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 import binllm_utils as bu
+from binllm_data import check_replaceable
 
 COLUMNS = ["user", "item", "label"]
 
@@ -126,7 +127,7 @@ def write_shards(frames, folder, rows_a_group=1 << 17):
 
     Raises ValueError for a folder that holds other files than such.
     """
-    bu.check_replaceable(folder, "00000.parquet", "shards")
+    check_replaceable(folder, "00000.parquet", "shards")
     with bu.replacing(folder) as part:
         part.mkdir(exist_ok=True)
         for number, frame in enumerate(frames):
