@@ -68,17 +68,17 @@ class Shards:
         Row groups come in random order and the rows of `together` of them, or of a batch's worth, are mixed.
         shuffle: a torch.Generator.
         """
-        order, held = torch.randperm(len(self.groups), generator=shuffle).tolist(), []
+        order, held, new = torch.randperm(len(self.groups), generator=shuffle).tolist(), [], 0
         for number, place in enumerate(order, 1):
             held.append(torch.from_numpy(np.stack(self._read(*self.groups[place]))))
-            last, count = number == len(order), sum(rows.shape[1] for rows in held)
-            if not last and (len(held) < self.together or count < size):
+            last, count, new = number == len(order), sum(rows.shape[1] for rows in held), new + 1
+            if not last and (new < self.together or count < size):
                 continue
             rows = torch.cat(held, dim=1)[:, torch.randperm(count, generator=shuffle)]
             whole = count if last else count // size * size
             for users, items, labels in rows[:, :whole].split(size, dim=1):
                 yield users, items, labels.float()
-            held = [rows[:, whole:]]
+            held, new = [rows[:, whole:]], 0
 
 
 def _metadata(file):

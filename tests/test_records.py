@@ -95,6 +95,21 @@ def test_what_the_readme_says_in_a_sentence_is_in_the_records():
     assert f"counting {said['popularity']}, 64 bits alone {said['codes']}" in text
 
 
+def test_what_the_readme_says_of_the_drills_is_in_the_records():
+    drills = pd.read_csv(bu.ROOT / "data/results/drills.csv")
+    assert (drills.tried == drills.survived + drills.lost).all() and drills.tried.sum() > 100_000
+    said = (
+        f"{drills.tried.sum():,} odd inputs and faults, {'none' if drills.lost.sum() == 0 else drills.lost.sum()} lost"
+    )
+    assert said in (bu.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_memory_stays_flat_over_a_hundred_thousand_prompts():
+    """What benchmarks/soak.py recorded: after the first twenty thousand, memory grows by less than a tenth."""
+    soak = pd.read_csv(bu.ROOT / "data/results/soak_prompts.csv")
+    assert soak.prompts.max() == 100_000 and soak.resident_mb.iloc[3:].max() < 1.1 * soak.resident_mb.iloc[3]
+
+
 def test_making_notebooks_changes_no_tracked_file(tmp_path, monkeypatch):
     """The whole of `make run`, on a copy of the repository with one short notebook."""
     nbformat = pytest.importorskip("nbformat")
