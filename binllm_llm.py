@@ -327,8 +327,8 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     valid: (prompts, labels) whose AUC is taken ten times; after three without a better one the best weights are kept.
     folder: keeps a checkpoint, written every `save_seconds`. Whatever ended a run, the same call on a freshly loaded
     model goes on to the weights of an unbroken run. The curve: columns `step, rows, loss, lr, seconds, valid_auc`.
-    Raises ValueError for labels that do not fit, a base that carries another adapter, a checkpoint that is damaged or
-    of another run; FloatingPointError for a loss that is not finite, the checkpoint before it kept; OSError for a disk.
+    Raises ValueError for labels, models or checkpoints that do not fit; FloatingPointError for a loss that is not
+    finite, the checkpoint before it kept; OSError when none can be written.
     """
     labels = _check_targets(prompts, labels)
     if valid:
@@ -340,8 +340,7 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora))]
     how += [getattr(_base(model), "is_quantized", False), valid and [list(valid[0]), list(map(float, valid[1]))]]
     run = _Run(how, model, ids, answers, labels, batches, lr, seed)
-    if folder:
-        run.read(folder)
+    run.read(folder)
     run.check_processes()
     progress, folder = progress and run.first, folder if run.first else None  # one speaks and writes for all
     if progress:
@@ -549,8 +548,8 @@ class _Run:
     def read(self, folder):
         from safetensors import safe_open
 
-        path = Path(folder, "checkpoint.safetensors")
-        if not path.exists():
+        path = Path(folder or "", "checkpoint.safetensors")
+        if not folder or not path.exists():
             return
         try:
             with safe_open(path, "pt") as file:
