@@ -56,7 +56,8 @@ def prompts():
     keep(table, "soak_prompts.csv")
     fig, ax = plt.subplots(figsize=(6, 3))
     ax.plot(table.prompts, table.resident_mb, color=bu.COLORS[0])
-    ax.set(xlabel="prompts scored", ylabel="memory in MB", ylim=(0, None), title="100,000 prompts, one process")
+    ax.set(xlabel="prompts scored", ylabel="memory in MB", ylim=(0, 1.2 * table.resident_mb.max()))
+    ax.set(title="100,000 prompts, one process")
     fig.savefig(ROOT / "figures/soak.png", dpi=110, bbox_inches="tight")
 
 
