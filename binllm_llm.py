@@ -548,8 +548,8 @@ class _Run:
     def read(self, folder):
         from safetensors import safe_open
 
-        path = Path(folder or "", "checkpoint.safetensors")
-        if not folder or not path.exists():
+        path = folder and Path(folder, "checkpoint.safetensors")
+        if not path or not path.exists():
             return
         try:
             with safe_open(path, "pt") as file:

@@ -48,8 +48,7 @@ def continuous(dataset, seed, max_epochs):
     torch.manual_seed(seed)
     how = bu.RECIPES["reference"]
     model = NeverBinary(dataset, 32, how)
-    settings = {"lr": how.lr, "weight_decay": how.weight_decay, "patience": how.patience}
-    return model, bu.train_cf(model, dataset, **settings, seed=seed, max_epochs=max_epochs)
+    return model, bu.train_cf(model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs)
 
 
 def collaborative(dataset, profile):
