@@ -344,12 +344,12 @@ class Playground(ipywidgets.VBox):
 
 
 def flip_path(dataset, codes, reader, row):
-    """P(Yes) while the user's bits come to agree with the film's, one after the other: DataFrame.
+    """P(Yes) while the user's bits come to agree with the film's, two more in each line: DataFrame.
 
-    Columns similarity, before, after; bits + 1 lines, from none that agrees to all. `reader` is a `Reader`.
+    Columns similarity, before, after; bits / 2 + 1 lines, from none that agrees to all. `reader` is a `Reader`.
     """
     item = codes.items[int(row.item.iloc[0])]
-    users = np.array([np.where(np.arange(codes.bits) < n, item, 1 - item) for n in range(codes.bits + 1)])
+    users = np.array([np.where(np.arange(codes.bits) < n, item, 1 - item) for n in range(0, codes.bits + 1, 2)])
     prompts = [
         bu.build_prompts(dataset, row, bu.Codes(np.tile(code, (len(codes.users), 1)), codes.items))[0] for code in users
     ]

@@ -433,3 +433,63 @@ def test_a_prompt_may_be_about_books(toy, toy_codes, style):
     for thing in ("", "two words", "{likes}", "<b>", "x" * 40):
         with pytest.raises(ValueError, match="no word for what the items are"):
             bo.template_about(style, thing)
+
+
+def test_goodbooks_10k_as_its_authors_give_it(tmp_path):
+    """No times, but rows in their order; the title stands in a column beside an original title and other ids."""
+    rng = np.random.default_rng(0)
+    lines = [
+        f"{user},{book},{rating}" for user in range(1, 31) for book, rating in zip(rng.permutation(20) + 1, [5, 2] * 10)
+    ]
+    ratings = write(tmp_path, "user_id,book_id,rating\n" + "\n".join(lines) + "\n", "ratings.csv")
+    head = "book_id,goodreads_book_id,best_book_id,work_id,books_count,isbn,isbn13,authors,original_publication_year,"
+    head += "original_title,title,language_code,average_rating\n"
+    books = "".join(
+        f'{n},{90 + n},1,1,9,43,9.78e+12,"A, B",2008.0,Old {n},"New {n} (Set, #{n})",eng,4.3\n' for n in range(1, 21)
+    )
+    read = bo.read_interactions(ratings, titles=write(tmp_path, head + books, "books.csv"))
+    assert read.titles == [f"New {n} (Set, #{n})" for n in range(1, 21)]
+    data = read.split()
+    assert len(data.train) == 480 and len(data.test) == 60 and data.train.label.mean() == 0.5
+    last = [tuple(map(int, line.split(",")[:2])) for line in lines[19::20]]  # each user's last row
+    assert set(last) <= {(user + 1, item + 1) for user, item in zip(data.test.user, data.test.item)}
+
+
+def amazon(tmp_path, reviews):
+    """`bo.amazon_book` of (user, book, stars, date) and of titles for all books but the one called untitled."""
+    lines = [
+        {"overall": float(stars), "verified": True, "reviewTime": "03 30, 2005", "reviewerID": user, "asin": book,
+         "style": {"Format:": " Hardcover"}, "reviewText": "a\nb", "summary": "fine",
+         "unixReviewTime": int(pd.Timestamp(date).timestamp())}
+        for user, book, stars, date in reviews
+    ]  # fmt: skip
+    path = write(tmp_path, "\n".join(map(json.dumps, lines)) + "\n", "Books_5.json")
+    titles = {book: f"Title of {book}" for _, book, *_ in reviews} | {"spoilt": "var a = getTime()"}
+    titles.pop("untitled", None)
+    books = [{"category": [], "title": title, "brand": "x", "asin": book} for book, title in titles.items()]
+    return bo.amazon_book(path, write(tmp_path, "\n".join(map(json.dumps, books)) + "\n", "meta_Books.json"))
+
+
+def test_amazon_book_is_cut_as_the_reference_code_does(tmp_path):
+    days = pd.date_range("2017-01-01", "2017-12-28", periods=24).strftime("%Y-%m-%d")
+    reviews = [
+        (f"U{u:02d}", f"B{b:02d}", 4 + u % 2, days[(u + b) % 24]) for u in range(22) for b in range(22)
+    ]  # each user and each book 22 times
+    reviews += [(f"U{u:02d}", "B00", 5, "2016-12-31") for u in range(22)]  # another year
+    reviews += [("seldom", f"B{b:02d}", 5, days[b]) for b in range(20)]  # just 20: not more than 20
+    reviews += [(f"U{u:02d}", book, 5, days[0]) for u in range(22) for book in ("untitled", "spoilt")]
+    reviews += [(f"U{u:02d}", "rare", 5, days[0]) for u in range(20)] + [("seldom", "rare", 5, days[0])]
+    data = amazon(tmp_path, reviews)
+    whole = pd.concat([data.train, data.valid, data.test])
+    # "seldom" has 21 rows and "rare" 21: counted before anything is left out, so that both stay
+    assert data.titles == [f"Title of B{b:02d}" for b in range(22)] + ["Title of rare"] and data.n_users == 23
+    assert len(whole) == 22 * 22 + 20 + 21
+    month = pd.to_datetime(whole.timestamp, unit="s").dt.month
+    assert (month.iloc[: len(data.train)] < 12).all() and (month.iloc[len(data.train) :] == 12).all()
+    assert abs(len(data.valid) - len(data.test)) <= 1 and data.valid.timestamp.max() <= data.test.timestamp.min()
+    assert whole.label.sum() == sum(stars == 5 for _, book, stars, date in reviews if book[0] in "Br" and date > "2017")
+
+
+def test_amazon_book_of_another_year_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no rating of 2017"):
+        amazon(tmp_path, [("U", "B", 5, "2016-05-05"), ("V", "B", 1, "2016-05-06")])

@@ -149,7 +149,7 @@ def test_a_film_that_is_none_is_said_in_the_playground(play, title):
 def test_the_path_of_flips_goes_from_none_to_all(play, toy):
     play, *_ = play
     path = bw.flip_path(toy, play.codes, play.reader, play.rows.head(1))
-    assert path.similarity.tolist() == [n / 16 for n in range(17)] and path.after.nunique() > 5
+    assert path.similarity.tolist() == [n / 8 for n in range(9)] and path.after.nunique() > 4
 
 
 def test_results_side_by_side_are_those_of_the_paired_test(toy):
