@@ -563,7 +563,9 @@ def from_dotted(text):
     parts = text.split(".")
     for place, part in enumerate(parts, 1):
         if not (part.isascii() and part.isdigit() and len(part) < 4 and int(part) < 256 and part == str(int(part))):
-            raise ValueError(f"{text!r}: part {place} is {part!r}; each part must be a number from 0 to 255")
+            raise ValueError(
+                f"{text!r}: part {place} is {part!r}; each part must be a number from 0 to 255 without leading zeros"
+            )
     return np.unpackbits(np.array(parts, int).astype(np.uint8))
 
 

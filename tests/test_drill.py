@@ -71,7 +71,7 @@ def test_dotted_codes_are_read_or_refused(text):
             assert bu.to_dotted(code) == text and bu.to_bits(code) == "".join(f"{int(p):08b}" for p in parts)
             assert bx.to_hex(code) == "".join(f"{int(p):02x}" for p in parts)
         else:
-            with pytest.raises(ValueError, match="each part must be a number from 0 to 255"):
+            with pytest.raises(ValueError, match="each part must be a number from 0 to 255 without leading zeros"):
                 bu.from_dotted(text)
 
 
