@@ -42,10 +42,10 @@ adapters: $(VENV)/installed ## teach the adapters of Part II anew, two hours; go
 address: $(VENV)/installed ## make address REPO=owner/name: rewrite the repository's public address everywhere
 	$(BIN)/python scripts/address.py $(REPO)
 
-lock: $(VENV)/tools        ## renew requirements.lock from requirements.txt: every package of every platform, with hashes
+lock: $(VENV)/tools/installed        ## renew requirements.lock from requirements.txt: every package of every platform, with hashes
 	$(VENV)/tools/bin/uv pip compile requirements.txt --generate-hashes --universal --python-version 3.11 -q -o requirements.lock
 
-audit: $(VENV)/tools       ## ask the public databases for known weaknesses; write a bill of materials
+audit: $(VENV)/tools/installed       ## ask the public databases for known weaknesses; write a bill of materials
 	$(VENV)/tools/bin/pip-audit -r requirements.lock --disable-pip --require-hashes
 	mkdir -p executed && $(VENV)/tools/bin/cyclonedx-py requirements requirements.lock -o executed/sbom.json
 
@@ -59,6 +59,7 @@ $(VENV)/installed: requirements.txt requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c $(VENV)/constraints.txt
 	touch $@
 
-$(VENV)/tools: $(VENV)/installed
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+$(VENV)/tools/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@

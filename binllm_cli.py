@@ -101,6 +101,15 @@ def write_codes(path, codes, users, items):
         np.savez_compressed(file, users=codes.users, items=codes.items, user_ids=users, item_ids=items)
 
 
+def holds_codes(path):
+    """Whether `path` is a file that `write_codes` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return "user_ids" in kept
+    except Exception:  # there are a dozen kinds
+        return False
+
+
 def read_codes(path, users, items):
     """The `Codes` that `write_codes` kept, put in the order of these ids; raises ValueError where one has no code."""
     if not Path(path).is_file():
@@ -146,6 +155,8 @@ def try_out(asked):
 
 def make_codes(asked):
     """learn a binary code for each user and item"""
+    if Path(asked.out).exists() and not holds_codes(asked.out):
+        raise ValueError(f"{asked.out} is there and holds no codes; choose another name for --out")
     dataset, users, items, _ = read(asked)
     codes, curve = bu.fit_codes(dataset, asked.bits, recipe=asked.recipe)
     write_codes(asked.out, codes, users, items)
@@ -185,7 +196,7 @@ def recommender(asked):
             raise ValueError(f"{asked.adapter} is no adapter of the command tune: {error!r:.200}") from None
         if learned not in (None, bu.digest(codes.users, codes.items)):
             raise ValueError(f"{asked.adapter} was tuned with other codes; give --codes the file that tune was given")
-        model, llm["tokenizer"] = bu.load_llm(None if name == bu.SMOLLM2 else str(name))
+        model, llm["tokenizer"] = bu.load_llm(str(name))
         llm["model"] = bu.load_adapter(model, asked.adapter)
     return bs.Recommender(dataset, codes, **llm, users=users, items=items)
 

@@ -4,6 +4,7 @@ binllm_utils.py passes everything here on; the notebooks say `bu.load_ml1m()`.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,9 +58,10 @@ def replacing(path):
     path, workspace = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.part-*"):
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.part-*"):
+            with suppress(FileNotFoundError):  # another process removes its own
+                if time.time() - max(file.stat().st_mtime for file in [left, *left.rglob("*")]) > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
         workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.part-"))
         yield workspace / path.name
         _put(workspace / path.name, path)
@@ -75,21 +78,26 @@ def _put(new, path):
     if not new.exists():
         raise FileNotFoundError(errno.ENOENT, "nothing was written", str(new))
     for attempt in range(10):
+        old = new.parent / f"old{attempt}"
         with suppress(FileNotFoundError):
             if path.is_dir() and new.is_dir():  # a file never takes a folder's place
-                os.replace(path, new.parent / f"old{attempt}")
+                os.replace(path, old)
         try:
             return os.replace(new, path)
         except OSError as error:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     raise OSError(f"another process keeps writing {path}")
 
 
-def check_replaceable(folder, sign, what):
-    """Raise ValueError for a folder that holds other things than `what`, which would have a file called `sign`."""
-    if Path(folder).exists() and any(Path(folder).iterdir()) and not Path(folder, sign).exists():
-        raise ValueError(f"{folder} holds other files; give a new folder, or that of {what} to replace")
+def check_replaceable(folder, patterns, what):
+    """Raise ValueError for a folder that holds anything but files of `what`, whose names match `patterns`."""
+    names = os.listdir(folder) if Path(folder).exists() else []
+    other = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
+    if other:
+        raise ValueError(f"{folder} holds other files ({other[0]}); give a new folder, or that of {what} to replace")
 
 
 @contextmanager

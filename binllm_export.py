@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import binllm_utils as bu
-from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, check_replaceable, fetch, replacing
+from binllm_data import CACHE, SMOLLM2_GGUF, SMOLLM2_REGISTRY, check_replaceable, fetch, replacing
 from binllm_llm import _read_adapter
 
 
@@ -29,7 +29,7 @@ def merged(model):
     base = model.get_base_model()
     config = base.config
     name, layers = model.name_or_path, config.get_text_config().num_hidden_layers
-    plain, _ = bu.load_llm(None if name == SMOLLM2 else name, nf4=False, layers=layers)
+    plain, _ = bu.load_llm(name, nf4=False, layers=layers)
     plain = plain.cpu().float()
     for name, module in base.named_modules():
         lora = isinstance(module, LoraLayer)
@@ -44,9 +44,13 @@ def merged(model):
     return plain
 
 
+MODEL_FILES = ("*config.json", "model*.safetensors*", "tokenizer*", "special_tokens_map.json", "vocab.json")
+MODEL_FILES += ("merges.txt", "added_tokens.json", "chat_template.jinja", "README.md")
+
+
 def write_merged(model, tokenizer, folder):
     """Write `merged(model)` and the tokenizer to `folder`, in safetensors; transformers and vLLM load it by path."""
-    check_replaceable(folder, "config.json", "a model")
+    check_replaceable(folder, MODEL_FILES, "a model")
     plain = merged(model)
     with replacing(folder) as part:
         plain.save_pretrained(part)
@@ -110,10 +114,11 @@ def write_gguf(model, path, half=True):
         raise ValueError(f"no GGUF to take the tokenizer of {model.name_or_path} from; use convert_hf_to_gguf.py")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    original = _original()
     with replacing(path) as part:
         writer = gguf.GGUFWriter(part, "llama")
         changed = {"llama.block_count": config.num_hidden_layers, "general.file_type": int(half)}
-        for field in gguf.GGUFReader(_original()).fields.values():
+        for field in gguf.GGUFReader(original).fields.values():
             if field.types and not field.name.startswith("GGUF.") and field.name != "general.architecture":
                 value = changed.get(field.name, field.contents())
                 inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

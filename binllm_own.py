@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from binllm_data import CACHE, Dataset, Source, _seconds, fetch, replacing
+from binllm_data import CACHE, Dataset, Source, _seconds, alone, fetch, replacing
 
 CHUNK = 500_000  # rows that are in memory as text at once
 NAMES = {  # a column's names in the files that people have, without blanks, dashes and types
@@ -37,6 +37,7 @@ MAGIC = {
     b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
 }
 NO_TIME = np.iinfo(np.int64).min
+DATE = r"^(?!\d{4}).*?(?<![\d/.:-])(\d{1,2})([-/. ])(\d{1,2})\2(?:\d{4}|\d{2})(?![\d:])"  # 31/12/2000, "Sun 31.12.00"
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
@@ -103,7 +104,7 @@ def read_interactions(path, columns=None, titles=None, dayfirst=None):
     Rows without a user, an item or a value are left out, as are all but the last of rows that name the same user, item
     and time; both are counted. Ids stay the texts they are, so that 007 and 7 differ.
     Memory: a part of the file as text, and some 20 bytes a row, several times over while they are put in order.
-    Raises ValueError naming the file, and the line where there is one.
+    Raises ValueError naming the file, and the line where there is one; a row with line breaks counts as one line.
     """
     path = Path(path)
     before = _fingerprint(path)
@@ -152,6 +153,9 @@ def guess_columns(names, path="the file", wanted=None):
     if not found["item"] or not found["rating"]:
         lacking = "items" if not found["item"] else "ratings or labels"
         raise ValueError(f"{path}: no column of {lacking} among {', '.join(map(repr, names))}; say columns={{...}}")
+    others = [name for name in names if name not in found.values() and _plain(name).endswith("id")]
+    if not found["user"] and others:  # the export of one person has no such column
+        raise ValueError(f'{path}: is {others[0]!r} the user? Then say columns={{"user": {others[0]!r}}}')
     return {role: name for role, name in found.items() if name}
 
 
@@ -178,7 +182,10 @@ class _Source:
         self._decode(head)
         self.kind = "JSON lines" if self.head.lstrip()[:1] == "{" else "text"
         if self.kind == "JSON lines":
-            self.names = list(self._json_line(1, self.head.lstrip().splitlines()[0]))
+            with path.open(encoding=self.encoding, errors="replace") as file:
+                lines = enumerate(islice(file, 1000), 1)  # the first may lack what others have
+                rows = [self._json_line(number, line) for number, line in lines if line.strip()]
+            self.names = list(dict.fromkeys(name for row in rows for name in row))
         else:
             self._read_head()
 
@@ -314,7 +321,7 @@ class _Reading:
         value = self.values(first, cells["rating"])
         if _plain(self.columns["rating"]) == "myrating":  # Goodreads writes 0 for a book without a rating
             value = np.where(value == 0, np.nan, value)
-        ids = {role: _texts(cells[role]) for role in ("user", "item") if role in cells}
+        ids = {role: self.identified(first, role, cells[role]) for role in ("user", "item") if role in cells}
         ids.setdefault("user", pd.Series("me", index=frame.index))
         keep = ~np.isnan(value) & (ids["user"] != "").to_numpy() & (ids["item"] != "").to_numpy()
         blank = (
@@ -328,6 +335,24 @@ class _Reading:
                 if title:
                     self.title_of.setdefault(item, title)
         self.parts.append(pd.DataFrame(numbers | {"value": value[keep].astype(np.float32), "time": time[keep]}))
+
+    def identified(self, first, role, cells):
+        """The ids as texts; blanks around them are cut, and counted."""
+        texts = _texts(cells)
+        if pd.api.types.is_float_dtype(cells):
+            exact = 2 ** (np.finfo(getattr(cells.dtype, "numpy_dtype", cells.dtype)).nmant + 1)
+            large = (cells.abs() >= exact).fillna(False).to_numpy(bool)
+            if large.any():
+                at = large.argmax()
+                raise ValueError(
+                    f"{self.line(first, at)}: the {role} {texts.iloc[at]} stands in a column of decimals, in which ids "
+                    "as large run together; write them as whole numbers or texts"
+                )
+        elif not pd.api.types.is_numeric_dtype(cells):
+            blank = [name for name in pd.unique(cells) if isinstance(name, str) and name != name.strip()]
+            what = "ids with blanks around them, cut"
+            self.count[what] = self.count.get(what, 0) + int(cells.isin(blank).sum())
+        return texts
 
     def numbered(self, role, texts):
         known = self.ids[role]
@@ -390,8 +415,8 @@ class _Reading:
 
     def order_of_dates(self, first, texts):
         """Find out whether dates such as 31/12/2000 begin with the day; the whole file must agree."""
-        parts = texts.str.extract(r"^(\d{1,2})[-/.](\d{1,2})[-/.](?:\d{4}|\d{2})\b").astype(float)
-        days, months = (parts[0] > 12).to_numpy(), (parts[1] > 12).to_numpy()
+        parts = texts.str.extract(DATE)[[0, 2]].astype(float)
+        days, months = (parts[0] > 12).to_numpy(), (parts[2] > 12).to_numpy()
         if self.dayfirst is None and parts[0].notna().any():
             if days.any() == months.any():
                 at = parts[0].notna().to_numpy().argmax()
@@ -416,6 +441,8 @@ class _Reading:
             "columns": ", ".join(f"{r} = {n}" for r, n in self.columns.items()),
         }
         report |= source.repairs
+        if "user" not in self.columns:
+            report["no column of users"] = "all rows taken as one person's"
         timed = rows.time != NO_TIME
         if timed.any() and rows.time[timed].nunique() > 1:
             report["rows without a time, left out"] = int((~timed).sum())
@@ -459,9 +486,11 @@ class _Reading:
         known = {name: self.title_of.get(number) for name, number in self.ids["item"].items()}
         if path is not None:
             known |= _read_titles(Path(path))
-        titles = [html.unescape(known.get(item) or "") for item in items]
+        written = [known.get(item) or "" for item in items]
+        titles = [html.unescape(title) for title in written]
         lacking = sum(not title.strip() for title in titles)
         told = {"items without a title, shown by their id": lacking}
+        told["titles with marks such as &amp;, unescaped"] = sum(map(str.__ne__, written, titles))
         told["titles that several items have"] = len(titles) - lacking - len({t for t in titles if t.strip()})
         return [title if title.strip() else item for title, item in zip(titles, items)], told
 
@@ -469,7 +498,7 @@ class _Reading:
 def _texts(cells):
     """Cells as stripped texts; missing ones empty, whole numbers without a point."""
     if pd.api.types.is_float_dtype(cells):
-        cells = cells.map(lambda x: "" if pd.isna(x) else f"{x:.15g}")
+        cells = cells.map(lambda x: "" if pd.isna(x) else str(int(x)) if float(x).is_integer() else repr(float(x)))
     return cells.astype(object).where(cells.notna(), "").map(str).str.strip()
 
 
@@ -499,10 +528,13 @@ def ml100k_files(cache=None):
     folder = Path(cache or CACHE) / "ml-100k"
     names = ("ml-100k.inter", "ml-100k.item")
     if not folder.exists():
-        with zipfile.ZipFile(fetch(ML100K, cache=cache)) as archive, replacing(folder) as part:
-            part.mkdir()
-            for name in names:
-                (part / name).write_bytes(archive.read(f"recbole/dataset_example/ml-100k/{name}"))
+        package = fetch(ML100K, cache=cache)
+        with alone(folder):
+            if not folder.exists():  # else another process has made it meanwhile
+                with zipfile.ZipFile(package) as archive, replacing(folder) as part:
+                    part.mkdir()
+                    for name in names:
+                        (part / name).write_bytes(archive.read(f"recbole/dataset_example/ml-100k/{name}"))
     return tuple(folder / name for name in names)
 
 

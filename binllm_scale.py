@@ -129,7 +129,7 @@ def write_shards(frames, folder, rows_a_group=1 << 17):
 
     Raises ValueError for a folder that holds other files than such.
     """
-    check_replaceable(folder, "00000.parquet", "shards")
+    check_replaceable(folder, ("[0-9]*.parquet",), "shards")
     with bu.replacing(folder) as part:
         part.mkdir(exist_ok=True)
         for number, frame in enumerate(frames):
@@ -150,6 +150,7 @@ def score_everywhere(client, load, prompts, rows_a_part=256, progress=True):
     """
     from distributed import as_completed
 
+    prompts = list(prompts)  # by place, whatever a Series' index
     threads = {worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
     if not len(prompts) or not threads:
         raise ValueError(f"{len(prompts)} prompts and {len(threads)} workers; give some of both")

@@ -373,6 +373,8 @@ def check_address(address, port, token):
     """Raise ValueError where others could ask without a token, or for a port that cannot be."""
     if not token and not _is_loopback(address):
         raise ValueError(f"{address} can be reached from elsewhere; give a token, or serve on 127.0.0.1")
+    if token and not token.isascii():
+        raise ValueError("the token holds letters that no HTTP header can carry; take ASCII ones")
     if not 0 <= port <= 65_535:
         raise ValueError(f"port is {port}; ports go to 65535")
 

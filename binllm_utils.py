@@ -60,7 +60,6 @@ from binllm_llm import (  # noqa: F401  and of this
     make_packs,
     pack_inputs,
     pack_tokens,
-    padded_inputs,
     rows_of,
     save_adapter,
     score,
@@ -114,7 +113,6 @@ def current_profile():
 def quiet():
     """Silence what libraries print about loading models."""
     import logging
-    import warnings
 
     import transformers
 
@@ -697,10 +695,11 @@ def _one_a_row(values, name):
 
 
 def _check_scores(labels, scores, users=None):
-    if isinstance(labels, pd.Series) and isinstance(scores, pd.Series):
-        one, other = labels.index, scores.index
-        if not one.equals(other) and one.sort_values().equals(other.sort_values()):
-            raise ValueError("scores have the rows of labels in another order; give scores.loc[labels.index]")
+    for name, others in (("scores", scores), ("users", users)):
+        if isinstance(labels, pd.Series) and isinstance(others, pd.Series):
+            one, other = labels.index, others.index
+            if not one.equals(other) and one.sort_values().equals(other.sort_values()):
+                raise ValueError(f"{name} have the rows of labels in another order; give {name}.loc[labels.index]")
     labels, scores = _one_a_row(labels, "labels"), _one_a_row(scores, "scores")
     if not len(labels) or len(labels) != len(scores):
         raise ValueError(f"{len(labels)} labels and {len(scores)} scores; give one score a label, at least one")
@@ -708,8 +707,8 @@ def _check_scores(labels, scores, users=None):
         raise ValueError(f"score {np.flatnonzero(~np.isfinite(scores))[0]} is {scores[~np.isfinite(scores)][0]}")
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"label {labels[~np.isin(labels, (0, 1))][0]:g}; labels must be 0 or 1")
-    if users is not None and (np.shape(users) != labels.shape or pd.isna(_by_row(users)).any()):
-        missing = ", some of them missing" * bool(np.ndim(users) == 1 and pd.isna(_by_row(users)).any())
+    missing = ", some of them missing" * bool(np.ndim(users) == 1 and pd.isna(_by_row(users)).any())
+    if users is not None and (np.shape(users) != labels.shape or missing):
         raise ValueError(
             f"users of shape {np.shape(users)}{missing} for {len(labels)} labels; name the user of each row"
         )

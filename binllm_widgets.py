@@ -223,7 +223,7 @@ class Playground(ipywidgets.VBox):
     def __init__(self, dataset, codes, model, tokenizer, rows):
         self.dataset, self.codes, self.reader, self.rows = dataset, codes, Reader(model, tokenizer), rows
         self.liked = bu.liked_before(dataset, rows)
-        self.result, self.asked, self.turn = None, 0, threading.Lock()
+        self.result, self.asked, self.turn, self.showing = None, 0, threading.Lock(), threading.Lock()
         self.ahead = list(range(1, min(len(rows), 7)))  # users whose prompts are read while nothing else is to do
         users = [(str(user), place) for place, user in enumerate(rows.user)]
         self.user = ipywidgets.Dropdown(options=users, description="user")
@@ -277,7 +277,8 @@ class Playground(ipywidgets.VBox):
     def _changed(self, _=None):
         for place, bit in enumerate(self.bits):
             self.code[place], bit.description = bit.value, str(int(bit.value))
-        self.asked += 1  # whatever is being read is of yesterday now
+        with self.showing:  # whatever is being read is of yesterday from now on
+            self.asked += 1
         try:
             self.newest = self.asked, *self.prompt()
         except ValueError as error:
@@ -297,9 +298,10 @@ class Playground(ipywidgets.VBox):
                 result |= dict(zip(("before", "after"), self.reader.ask(template.format(**values))))
             except Exception as error:  # in a thread nobody would hear of it
                 result["error"] = f"the model gave no answer: {error}"
-            if number == self.asked:
-                self._show(template, values, similarity, result)
-                self.result = result
+            with self.showing:
+                if number == self.asked:
+                    self._show(template, values, similarity, result)
+                    self.result = result
             while self.ahead and number == self.asked:
                 self._read_ahead(self.ahead.pop(0))
 

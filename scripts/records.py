@@ -158,11 +158,10 @@ def read_answers(path):
     if not Path(path).exists():
         raise OSError(f"{path} is not there; python scripts/results.py makes it")
     try:
-        if Path(path).suffix != ".csv":
-            size = pq.read_metadata(path)
-            if size.num_rows * size.num_columns > 100_000_000:
-                raise ValueError(f"{size.num_rows:,} rows of {size.num_columns} columns are more than any split has")
-        table = pd.read_csv(path) if Path(path).suffix == ".csv" else pd.read_parquet(path).reset_index()
+        size = pq.read_metadata(path)
+        if size.num_rows * size.num_columns > 100_000_000:
+            raise ValueError(f"{size.num_rows:,} rows of {size.num_columns} columns are more than any split has")
+        table = pd.read_parquet(path).reset_index()
     except Exception as error:  # pandas and Arrow have a dozen kinds for what is no such file
         raise ValueError(f"{path}: not answers ({' '.join(str(error).split())[:300]})") from None
     if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):

@@ -11,6 +11,7 @@ The files: metrics.csv, a line a result; runs.csv, how each run of the LLM was m
 answers-PROFILE-SPLIT.parquet, P(Yes), a column a run, a line a row of the split.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -194,6 +195,9 @@ def card_of(dataset, codes, profile, run, variant, seed):
     card = {"variant": variant.name, "style": variant.style, "lr": variant.lr, "start": start, "seed": seed}
     card |= {"data": dataset.name, "rows": bu.digest(dataset.train, list(dataset.titles))}
     card |= {"tune_rows": profile.tune_rows, "llm": profile.llm or bu.SMOLLM2, "layers": profile.layers}
+    if start:  # taught anew, it is another start
+        weights = bu.ROOT / "data" / "adapters" / start / "adapter_model.safetensors"
+        card["start_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     card |= {"lora": profile.lora, "nf4": run.nf4, "history": run.history, "version": TUNING_VERSION}
     if variant.style != "text":
         card |= {"format": run.fmt, "codes": bu.digest(codes.users, codes.items)}

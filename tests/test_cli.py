@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,7 @@ def test_codes_belong_to_ids_not_to_places(tmp_path):
         (["recommend", "{ratings}"], "name a user, or items"),
         (["recommend", "{ratings}", "--user", "u1", "--codes", "none.npz"], "none.npz"),
         (["recommend", "{ratings}", "--user", "u1", "--adapter", "{tmp}"], "no adapter of the command tune"),
+        (["codes", "{ratings}", "--out", "{ratings}"], "is there and holds no codes"),
         (["serve", "{ratings}", "--address", "0.0.0.0", "--port", "0"], "give a token"),
         (["serve", "nothing read.csv", "--port", "70000"], "ports go to 65535"),
     ],
@@ -140,6 +142,7 @@ def test_codes_belong_to_ids_not_to_places(tmp_path):
 def test_what_goes_wrong_is_a_line_on_stderr(ratings, tmp_path, capsys, arguments, message, monkeypatch, small_llm):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BINLLM_TOKEN", raising=False)
+    before = Path(ratings).read_bytes()
     real = bu.fit_codes
     monkeypatch.setattr(bu, "fit_codes", lambda *a, **k: real(*a, **{"max_epochs": 2} | k))
     monkeypatch.setattr(bu, "cached_codes", lambda data, recipe: bu.fit_codes(data, 16)[0])
@@ -148,7 +151,9 @@ def test_what_goes_wrong_is_a_line_on_stderr(ratings, tmp_path, capsys, argument
     assert (
         out == "" and message in err and "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: ")
     )
-    assert sorted(os.listdir(tmp_path)) == ["r.csv"]  # nothing is written, and nothing lost
+    assert (
+        sorted(os.listdir(tmp_path)) == ["r.csv"] and Path(ratings).read_bytes() == before
+    )  # nothing is written, and nothing lost
 
 
 def test_a_wrong_command_line_ends_with_2(capsys):

@@ -39,7 +39,8 @@ def test_merged_weights_answer_as_the_adapter_does(tuned, tmp_path):
     assert np.abs(answers(model, tokenizer) - wanted).max() == 0  # the tuned one is as it was
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="mine holds other files"):
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mine holds other files \(thesis\.txt\)"):
         be.write_merged(model, tokenizer, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
     assert {file.suffix for file in (tmp_path / "merged").iterdir()} <= {".safetensors", ".json", ".jinja", ".txt"}

@@ -1,9 +1,11 @@
 """Input that people really have: the right value, or one sentence. Each was a wrong answer or a raw error once."""
 
+import errno
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -428,13 +430,17 @@ def test_an_adapter_folder_takes_no_other_files_place(llm, tmp_path):
     model, curve = bu.tune(*llm, PROMPTS, LABELS, progress=False)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis holds other files; give a new folder"):
+    with pytest.raises(ValueError, match=r"thesis holds other files \(chapter\.tex\); give a new folder"):
         bu.save_adapter(model, tmp_path / "thesis", {}, curve)
     assert (tmp_path / "thesis/chapter.tex").read_text() == "years of work"
     card = {"seed": np.int64(3), "auc": np.float32(0.5), "path": tmp_path}
     for _ in range(2):
         bu.save_adapter(model, tmp_path / "adapter", card, curve)
     assert '"seed": 3' in (tmp_path / "adapter/card.json").read_text()
+    (tmp_path / "adapter/notes.txt").write_text("on this very adapter")
+    with pytest.raises(ValueError, match=r"adapter holds other files \(notes\.txt\)"):
+        bu.save_adapter(model, tmp_path / "adapter", card, curve)
+    assert (tmp_path / "adapter/notes.txt").exists()
 
 
 def test_weights_that_a_file_would_leave_out_are_refused(llm, tmp_path):
@@ -520,7 +526,7 @@ def test_only_what_is_left_of_the_same_file_is_cleared(tmp_path):
     for name in (".venv.old", ".venv.part-1", ".venv.part-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "kept").write_text("")
-    for name in (".venv.old", ".venv.part-1"):
+    for name in (".venv.old", ".venv.part-1", ".venv.part-1/kept", ".venv.part-2"):  # the last one's file is new
         os.utime(tmp_path / name, (0, 0))
     with bu.replacing(tmp_path / "venv") as part:
         part.write_text("new")
@@ -546,3 +552,33 @@ def test_answers_go_by_place_and_are_checked_before_they_are_written(tmp_path, t
         with pytest.raises(ValueError, match="give each row, once, an answer from 0 to 1"):
             records.keep_answers(path, "x", some, bad)
     assert path.read_bytes() == before
+
+
+def test_a_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/file").write_text("old")
+    real, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="the one before is kept"), bu.replacing(tmp_path / "old") as part:
+        part.mkdir()
+    assert len(calls) == 3 and (tmp_path / "old/file").read_text() == "old"
+
+
+def test_many_may_write_one_file_at_once(tmp_path):
+    """Each clears what killed ones left, and meets the workspaces of the others, which come and go."""
+
+    def write(number):
+        for turn in range(60):
+            with bu.replacing(tmp_path / "one[1].csv") as part:
+                part.write_text(f"{number} {turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert os.listdir(tmp_path) == ["one[1].csv"] and (tmp_path / "one[1].csv").read_text().endswith(" 59")

@@ -163,6 +163,7 @@ def test_loading_order(monkeypatch, tmp_path):
     monkeypatch.setenv("BINLLM_LLM", str(tmp_path / "variable"))
     assert bu.load_llm()[0].name_or_path == str(tmp_path / "variable")
     assert bu.load_llm(str(tmp_path / "explicit"))[0].name_or_path == str(tmp_path / "explicit")
+    assert bu.load_llm(bu.SMOLLM2, layers=2)[0].name_or_path == bu.SMOLLM2  # named, it comes from the registry too
     monkeypatch.delenv("BINLLM_LLM")
 
     def no_registry():

@@ -100,6 +100,15 @@ def test_scores_may_come_in_any_container(kind):
         assert bu.uauc(people, labels, kind(scores)) == (0.75, 2)
 
 
+def test_users_in_another_order_are_refused():
+    labels, scores = pd.Series([1, 0, 1, 0]), pd.Series([0.9, 0.1, 0.2, 0.8])
+    users = pd.Series([1, 1, 2, 2])
+    assert bu.uauc(users, labels, scores) == (0.5, 2)
+    for measure in (bu.uauc, bu.bootstrap_ci, lambda u, y, s: bu.paired_test(u, y, s, s)):
+        with pytest.raises(ValueError, match="users have the rows of labels in another order"):
+            measure(users.loc[[2, 0, 3, 1]], labels, scores)
+
+
 @pytest.mark.parametrize("users", [[1, 1, None], [1, 1, np.nan], [1, 1], [1, 1, 2, 2]])
 def test_each_row_needs_its_user(users):
     for measure in (bu.uauc, bu.bootstrap_ci, lambda u, y, s: bu.paired_test(u, y, s, s)):

@@ -85,11 +85,74 @@ def test_exports_that_people_have_are_recognised(tmp_path, header, line, name):
     assert rows_of(read) == [("1", "2", 4.0, time)]
 
 
+def test_json_lines_have_the_columns_of_all_their_first_records(tmp_path):
+    records = [{"item": "9", "rating": 1, "note": "a\u2028b" + "x" * 300_000}]
+    records += [{"user": f"u{n % 3}", "item": str(n), "rating": n % 2, "timestamp": 10 * n} for n in range(1, 21)]
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    read = bo.read_interactions(write(tmp_path, lines, "r.jsonl"))
+    assert read.users == ["u0", "u1", "u2"] and len(read.rows) == 20 and read.rows.time.is_monotonic_increasing
+    assert read.report["rows without user, item or rating, left out"] == 1
+
+
+def test_a_column_that_may_be_the_user_is_asked_about(tmp_path):
+    path = write(tmp_path, "visitorid,itemid,rating,timestamp\n1,2,5,10\n2,3,1,20\n")
+    with pytest.raises(ValueError, match="is 'visitorid' the user"):
+        bo.read_interactions(path)
+    assert bo.read_interactions(path, columns={"user": "visitorid"}).users == ["1", "2"]
+
+
+def test_large_ids_in_a_column_of_decimals_are_refused(tmp_path):
+    table = pd.DataFrame({"user": [1234567890123456, 1234567890123457, None], "item": [1.0, 2.0, 3.0], "rating": 5})
+    table.to_parquet(tmp_path / "r.parquet")
+    read = bo.read_interactions(tmp_path / "r.parquet")
+    assert read.users == ["1234567890123456", "1234567890123457"] and read.items == ["1", "2"]
+    table.assign(user=table.user * 100).to_parquet(tmp_path / "r.parquet")
+    with pytest.raises(ValueError, match="line 1: the user 123456789012345600 stands in a column of decimals"):
+        bo.read_interactions(tmp_path / "r.parquet")
+    table.assign(item=np.float32([1, 2, 2**24])).to_parquet(tmp_path / "r.parquet")
+    with pytest.raises(ValueError, match="line 3: the item 16777216 stands"):
+        bo.read_interactions(tmp_path / "r.parquet")
+
+
+def test_blanks_around_ids_and_marks_in_titles_are_counted(tmp_path):
+    text = "user,item,rating,title\nu1,1,5,AT&amp;T\n u1,2,1,B\nu1 ,3,4,C\n"
+    report = bo.read_interactions(write(tmp_path, text)).report
+    assert report["users"] == 1 and report["ids with blanks around them, cut"] == 2
+    assert report["titles with marks such as &amp;, unescaped"] == 1
+
+
+@pytest.mark.parametrize("form", ["Mon {}", "10:00 {}", "{} 10:00:00", "{}T10:00"])
+@pytest.mark.parametrize("separator", "/-. ")
+def test_days_and_months_are_never_mixed(tmp_path, form, separator):
+    def read(*dates):
+        dates = [form.format(separator.join(date.split())) for date in dates]
+        lines = [f"{n},{n},5,{date}" for n, date in enumerate(dates)]
+        return bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + "\n".join(lines) + "\n"))
+
+    times = pd.to_datetime(read("13 04 2020", "03 04 2020", "14 04 2020").rows.time, unit="s")
+    assert times.dt.day.tolist() == [3, 13, 14] and (times.dt.month == 4).all()
+    with pytest.raises(ValueError, match="may begin with the day or with the month"):
+        read("03 04 2020", "05 06 2020")
+    with pytest.raises(ValueError, match="say dayfirst"):
+        read("13 04 2020", "04 14 2020")
+
+
+def test_a_date_that_begins_with_the_year_says_its_order(tmp_path):
+    for date in ("2020-01-02 03:04:05", "2020-01-02T03:04:05.678", "2020 01 02 10:30", "2020-01-02 10:00+02:00"):
+        read = bo.read_interactions(write(tmp_path, f"user,item,rating,date\n1,1,5,{date}\n2,1,5,2021-05-06\n"))
+        assert pd.to_datetime(read.rows.time.min(), unit="s").date().isoformat() == "2020-01-02", date
+
+
 def test_exports_of_one_person(tmp_path):
     goodreads = "Book Id,Title,Author,My Rating,Average Rating,Date Read\n"
     goodreads += '1,"A, B",X,5,3.9,2020/01/02\n2,C,Y,0,4,2020/02/03\n3,D,Y,3,4,2021/03/04\n'
     read = bo.read_interactions(write(tmp_path, goodreads))
-    assert read.users == ["me"] and read.titles == ["A, B", "D"] and read.rows.value.tolist() == [5, 3]
+    assert (
+        read.users == ["me"]
+        and "no column of users" in read.report
+        and read.titles == ["A, B", "D"]
+        and read.rows.value.tolist() == [5, 3]
+    )
     titles_only = bo.read_interactions(write(tmp_path, "Title,My Rating\nHeat,4\nDune,5\n"))
     assert titles_only.items == titles_only.titles == ["Dune", "Heat"]
     letterboxd = "Date,Name,Year,Letterboxd URI,Rating\n2020-01-02,Dune,2021,https://boxd.it/a,4.5\n"

@@ -1,5 +1,7 @@
 """The script that makes the records: each run once, again when what it was made from changes, nothing lost."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,8 +118,8 @@ def test_sittings_are_sampled_whole(ml1m):
     ],
 )
 def test_damaged_answers_are_named(tmp_path, text, message):
-    path = tmp_path / "scores.csv"
-    path.write_text(text)
+    path = tmp_path / "answers.parquet"
+    pd.read_csv(io.StringIO(text)).to_parquet(path, index=False)
     with pytest.raises(ValueError, match=message):
         records.read_answers(path)
     with pytest.raises(OSError, match=r"results\.py makes it"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,19 @@ def test_what_a_worker_cannot_do_is_said_here(client):
         bs.score_everywhere(client, load_tiny, ["", *PROMPTS], progress=False)
 
 
+def test_prompts_go_by_place_whatever_their_index(monkeypatch):
+    class Client(SimpleNamespace):
+        def submit(self, _, run, load, prompts, pure):
+            done = Future()
+            done.set_result([float(prompt[1:]) for prompt in prompts])
+            return done
+
+    client = Client(scheduler_info=lambda n_workers: {"workers": {0: {"nthreads": 1}}}, cancel=lambda futures: None)
+    monkeypatch.setattr("distributed.as_completed", list)
+    prompts = pd.Series(["p3", "p1", "p0", "p2"], index=[3, 1, 0, 2])
+    assert bs.score_everywhere(client, None, prompts, rows_a_part=3, progress=False).tolist() == [3, 1, 0, 2]
+
+
 @pytest.mark.parametrize(
     "threads, prompts, said",
     [
@@ -224,8 +238,10 @@ def test_shards_are_made_anew_and_nothing_else_is_deleted(toy, tmp_path):
     for files in (3, 1):
         assert len(in_shards(toy.train, tmp_path / "shards", files)) == len(toy.train)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds other files"):
-        bs.write_shards([toy.train], tmp_path)
+    (tmp_path / "shards/notes.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "shards"):
+        with pytest.raises(ValueError, match="holds other files"):
+            bs.write_shards([toy.train], folder)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,29 @@ def test_changes_in_quick_succession_do_not_pile_up(play):
     assert 1 <= len(asked) <= 20 and asked[-1][0] == newest
 
 
+def test_an_answer_that_comes_too_late_changes_nothing(play):
+    """Something new is asked at the very moment when an answer is shown."""
+    play, *_ = play
+    idle(play)
+    real, late = play._show, []
+
+    def show(*given):
+        if given[-1] and not late:
+            late.append(threading.Thread(target=lambda: setattr(play.film, "value", "no such film")))
+            late[0].start()
+            threading.Event().wait(0.2)
+        real(*given)
+
+    play._show = show
+    play.bits[0].value = not play.bits[0].value
+    while not late:
+        threading.Event().wait(0.01)
+    late[0].join(20)
+    with pytest.raises(RuntimeError, match="no film is called"):
+        play.wait(5)
+    assert "no film is called" in play.view.value
+
+
 @pytest.mark.parametrize("title", ["", "no such film", "<img src=x onerror=alert(1)>"])
 def test_a_film_that_is_none_is_said_in_the_playground(play, title):
     play, *_ = play
