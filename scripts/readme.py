@@ -116,6 +116,11 @@ def results_page(folder):
         table = pd.read_csv(drills)[["drill", "tried", "survived", "lost"]]
         parts += ["## Drills: what was tried and lost", markdown(list(table.columns), table.to_numpy().tolist())]
         parts += ["By `make fuzz`: input of every kind, and runs that were killed, starved or given company."]
+    soak = folder / "soak_runs.csv"
+    if soak.exists():
+        table = pd.read_csv(soak).drop(columns=["hardware", "versions", "commit"], errors="ignore")
+        parts += ["## `make run` several times in a row", markdown(list(table.columns), table.to_numpy().tolist())]
+        parts += ["By `benchmarks/soak.py runs`; the cells are those whose output the tests compare."]
     for name, title in (("runs", "How each LLM was tuned and asked"), ("runtimes", "Run times of the notebooks")):
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv").drop(

@@ -56,7 +56,9 @@ def test_a_gguf_file_read_back_gives_the_same_answers(tmp_path):
         read = AutoModelForCausalLM.from_pretrained(
             **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
-        assert np.abs(answers(read, AutoTokenizer.from_pretrained(**source)) - wanted).max() < close
+        if not half:  # the slowest part, and the same in both
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        assert np.abs(answers(read, tokenizer) - wanted).max() < close
     assert read.config.num_hidden_layers == 2 and [file.name for file in tmp_path.iterdir()] == ["film.gguf"]
 
 

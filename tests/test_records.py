@@ -110,6 +110,13 @@ def test_memory_stays_flat_over_a_hundred_thousand_prompts():
     assert soak.prompts.max() == 100_000 and soak.resident_mb.iloc[3:].max() < 1.1 * soak.resident_mb.iloc[3]
 
 
+def test_make_run_three_times_gives_the_same_and_grows_nothing():
+    """What benchmarks/soak.py recorded."""
+    runs = pd.read_csv(bu.ROOT / "data/results/soak_runs.csv")
+    assert len(runs) == 3 and runs.cells.min() > 50 and not runs.cells_that_differ.any()
+    assert not runs.tracked_files_changed.any() and runs.cache_mb.max() <= 1.01 * runs.cache_mb.min()
+
+
 def test_making_notebooks_changes_no_tracked_file(tmp_path, monkeypatch):
     """The whole of `make run`, on a copy of the repository with one short notebook."""
     nbformat = pytest.importorskip("nbformat")
