@@ -318,16 +318,17 @@ def test_records_are_read_or_refused(folder, at, new, cut, name):
 
 @cases(150, 3_000)
 @given(*DAMAGE)
-def test_answers_are_read_or_refused(folder, at, new, cut, name="answers.parquet"):
+def test_answers_are_read_or_refused(folder, at, new, cut):
+    path = folder / "answers.parquet"
     with case("read: answers"):
         whole = pd.DataFrame({"a": np.linspace(0, 1, 5, dtype=np.float32)}, index=pd.RangeIndex(5, name="row"))
         buffer = io.BytesIO()
         whole.to_parquet(buffer)
-        (folder / name).write_bytes(spoiled(buffer.getvalue(), at, new, cut))
+        path.write_bytes(spoiled(buffer.getvalue(), at, new, cut))
         try:
-            table = records.read_answers(folder / name)
+            table = records.read_answers(path)
         except ValueError as error:
-            assert str(error).startswith(str(folder / name))
+            assert str(error).startswith(str(path))
         else:
             assert table.index.is_unique and (table.index >= 0).all()
             assert table.apply(lambda c: c.dropna().between(0, 1)).all(axis=None)
