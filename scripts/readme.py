@@ -28,7 +28,9 @@ METHODS = {
     ("codes", "descent"): "codes alone, by descent",
     ("codes", "descent, so far"): "codes by descent, unseen users by their past so far",
     ("llm", "text"): "LLM, titles only",
+    ("llm", "text, history by row"): "LLM, titles only, history by row",
     ("llm", "codes_only"): "LLM, codes only",
+    ("llm", "codes_only, float32"): "LLM, codes only, not in four bits",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
 }
@@ -161,7 +163,8 @@ def readme_table(metrics):
     """At most README_ROWS rows, all measured on the same rows: the whole test split."""
     test = metrics[(metrics.split == "test") & (metrics.dataset == "ml-1m")]
     whole = test[test.rows == test.rows.max()]
-    keys = [("popularity", ""), ("mf", "paper"), ("codes", "reference"), ("codes", "ste"), *list(METHODS)[-4:]]
+    keys = [("popularity", ""), ("mf", "paper"), ("codes", "reference"), ("codes", "ste")]
+    keys += [("llm", name) for name in ("text", "codes_only", "one_step", "two_step")]
     keep = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)
     shown = whole[keep & whole.bits.isin([0, 32]) & (whole.format != "dotted")]
     return results_table(shown[shown.profile == "patient"])

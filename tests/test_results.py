@@ -79,6 +79,15 @@ def test_two_steps_begin_with_the_first_one_tuned_before(small):
     assert one != results.card_of(toy, None, SMOKE, results.Run("text", history="row"), results.TEXT, 0)
 
 
+def test_history_by_row_is_asked_about_on_valid_only(small):
+    toy, _, tuned, folder = small
+    results.answer("text, history by row", 0, toy, SMOKE)
+    results.answer("text, history by row", 0, toy, SMOKE)
+    table = pd.read_csv(folder.parent / "metrics.csv")
+    assert len(tuned) == 1 and table.split.tolist() == ["valid"] and table.variant.tolist() == ["text, history by row"]
+    assert not (folder / "answers-smoke-test.parquet").exists()
+
+
 def test_the_papers_variants_use_the_papers_prompts_and_start_plain():
     for name, style in (
         ("text", "text"),
