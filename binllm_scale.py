@@ -1,6 +1,7 @@
 """More data than memory and more machines than one: codes from shards on disk, scoring by a cluster (notebook 12).
 
-Tuning needs nothing from here: `bu.tune` under `accelerate launch` takes its share of every step.
+Tuning needs nothing from here where the LLM fits a card: `bu.tune` under `accelerate launch` takes its share of every
+step. `shard` is for an LLM that does not.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 import binllm_utils as bu
 from binllm_data import check_replaceable
+from binllm_llm import join_processes, with_lora
 
 COLUMNS = ["user", "item", "label"]
 
@@ -180,3 +182,26 @@ def _score_part(run, load, prompts):
         worker.llm = run, *load()
     _, model, tokenizer = worker.llm
     return bu.score(model, tokenizer, prompts, progress=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- tuning
+def shard(model, lora="all", seed=0):
+    """Cut the layers of `model` among the processes of `accelerate launch`; returns it, on each one's card.
+
+    Fully sharded (FSDP): each process keeps its part of every layer's frozen weights, in four bits or not; a layer is
+    put together when its turn comes and let go after it. Word vectors and LoRA's matrices stay whole everywhere: those
+    of an adapter that `model` carries, else new ones, as `bu.tune` would make them. `bu.tune`, `bu.score` and
+    `bu.save_adapter` then do what they do otherwise, but all processes must call the first two, with the same prompts.
+    Where the model fits no card, load it by `bu.load_llm(…, device="cpu")`. In one process nothing is cut.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(seed)
+    model, accelerator = with_lora(model, lora), join_processes()
+    if accelerator.num_processes > 1:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for layer in model.get_base_model().get_decoder().layers:
+            whole = {p for name, p in layer.named_parameters() if "lora_" in name}
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    return model.to(accelerator.device)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from stages import PROMPTS, tiny_llm, tokenizer
 
 import binllm_llm
@@ -43,8 +44,28 @@ def tune_here(folder, stop=None):
         print(json.dumps({"loss": curve.loss.tolist(), "p": p.tolist(), "world": world, "steps": len(steps)}))
 
 
+def tune_cut(llm, adapter):
+    """A run of an LLM in four bits whose layers are cut among the processes; each step has one row."""
+    model, words = bu.load_llm(llm, device="cpu")
+    whole = bytes_of_layers(model)
+    model = bs.shard(model, seed=0)
+    options = {"batch_size": 1, "lr": 3e-3, "shuffle": False, "valid": (PROMPTS[8:], [1, 0] * 8)}
+    model, curve = bu.tune(model, words, PROMPTS[:8], [1, 0] * 4, **options)
+    p, part = bu.score(model, words, PROMPTS, progress=False), bytes_of_layers(model.get_base_model())
+    if int(os.environ["RANK"]) == 0:
+        bu.save_adapter(model, Path(adapter), {}, curve)
+        found = {"loss": curve.loss.tolist(), "auc": curve.valid_auc.dropna().tolist(), "p": p.tolist()}
+        print(json.dumps(found | {"whole": whole, "part": part}))
+
+
+def bytes_of_layers(model):
+    """What this process holds of the layers' frozen weights."""
+    mine = (p.to_local() if hasattr(p, "to_local") else p for p in model.model.layers.parameters())
+    return sum(p.nbytes for p in mine if not p.requires_grad)
+
+
 def launched(processes, *arguments):
-    """What `tune_here` printed in that many processes, which talk over gloo."""
+    """What `tune_here` or `tune_cut` printed in that many processes, which talk over gloo."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(HERE), *map(str, arguments)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -74,6 +95,21 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert resumed["steps"] == len(alone["loss"]) - 4
     assert np.abs(np.array(alone["loss"]) - resumed["loss"]).max() < 1e-4
     assert np.abs(np.array(alone["p"]) - resumed["p"]).max() < 1e-4
+
+
+@pytest.mark.xdist_group("processes")
+def test_layers_cut_among_processes_learn_what_whole_ones_learn(tmp_path):
+    sizes = dict(vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2)
+    llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    llm.save_pretrained(tmp_path / "llm")
+    tokenizer().save_pretrained(tmp_path / "llm")
+    one, two = (launched(n, "cut", tmp_path / "llm", tmp_path / str(n)) for n in (1, 2))
+    assert one["part"] == one["whole"] == two["whole"] and two["part"] < 0.6 * two["whole"]
+    for what in ("loss", "auc", "p"):
+        assert len(one[what]) >= 4 and np.abs(np.array(one[what]) - two[what]).max() < 1e-4
+    whole, words = bu.load_llm(tmp_path / "llm")
+    p = bu.score(bu.load_adapter(whole, tmp_path / "2"), words, PROMPTS, progress=False)
+    assert np.abs(p - two["p"]).max() < 1e-4  # the adapter of a cut model is one of the whole model
 
 
 def test_processes_that_hold_different_runs_are_refused(monkeypatch):
@@ -287,4 +323,7 @@ def test_no_shards_a_broken_one_and_one_without_a_column(tmp_path):
 
 
 if __name__ == "__main__":
-    tune_here(sys.argv[1], *map(int, sys.argv[2:]))
+    if sys.argv[1] == "cut":
+        tune_cut(*sys.argv[2:])
+    else:
+        tune_here(sys.argv[1], *map(int, sys.argv[2:]))
