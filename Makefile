@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-TWO = BINLLM_PROFILE=smoke OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
-NBVAL = $(TWO) --dist loadfile --nbval-current-env --nbval-cell-timeout 600
+# A file's tests stay together: they share what is made once.
+TWO = BINLLM_PROFILE=smoke OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+NBVAL = $(TWO) --nbval-current-env --nbval-cell-timeout 600
 
 .PHONY: run test fuzz lab explorer results release bench adapters address lock audit clean
 
@@ -12,13 +13,13 @@ run: $(VENV)/installed     ## execute all notebooks into executed/; no tracked f
 
 test: $(VENV)/installed    ## style, unit tests, and the notebooks through nbval (profile smoke)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(TWO) --dist loadgroup -m "not e2e" tests
+	$(TWO) -m "not e2e" tests
 	BINLLM_PROFILE=smoke $(BIN)/pytest -m e2e tests
 	$(NBVAL) --nbval notebooks/02_*.ipynb notebooks/03_*.ipynb
 	$(NBVAL) --nbval-lax notebooks/0[01456789]_*.ipynb notebooks/1*.ipynb notebooks/solutions/*.ipynb
 
 fuzz: $(VENV)/installed    ## the drills of tests/ in their long form, over 100,000 cases; kept in data/results/drills.csv
-	$(TWO) --dist loadgroup --fuzz tests/test_drill.py tests/test_own.py tests/test_faults.py
+	$(TWO) --fuzz tests/test_drill.py tests/test_own.py tests/test_faults.py
 
 lab: $(VENV)/installed     ## JupyterLab, on this machine only, behind its token
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.

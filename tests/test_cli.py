@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,9 @@ def test_the_service_from_the_shell_ends_by_ctrl_c(ratings, tmp_path, capsys):
         "--port",
         "0",
     ]
-    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background job does not hear
+    run = subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes)
     try:
         line = next(line for line in run.stderr if "serving on" in line)
         address = line.split()[2].rstrip(",")

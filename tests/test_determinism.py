@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("determinism")  # one process makes what all its tests compare
-
 # Prints digests of codes and prompts, the scores of the first two layers, and the weights and losses of eight steps.
 PROGRAM = """
 import json, sys

@@ -411,7 +411,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_learned(llm, tmp_path, 
         seen.append(1)
         return gradient * (torch.nan if len(seen) >= step else 1)
 
-    real = binllm_llm._with_lora
+    real = binllm_llm.with_lora
 
     def watched(model, lora):
         model = real(model, lora)
@@ -419,7 +419,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_learned(llm, tmp_path, 
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(binllm_llm, "_with_lora", watched)
+        patch.setattr(binllm_llm, "with_lora", watched)
         with pytest.raises(FloatingPointError, match=f"step {step}: the loss is .*gradient nan; load a fresh model"):
             bu.tune(*llm, PROMPTS, LABELS, batch_size=2, folder=tmp_path, save_seconds=0, progress=False)
     again, curve = bu.tune(*bu.load_llm(layers=2), PROMPTS, LABELS, batch_size=2, folder=tmp_path, progress=False)

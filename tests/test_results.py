@@ -143,15 +143,16 @@ def test_an_unknown_run_is_named():
 def test_the_committed_answers_are_those_of_the_committed_metrics(ml1m):
     folder = bu.ROOT / "data" / "results"
     metrics = pd.read_csv(folder / "metrics.csv")
-    answers = records.read_answers(folder / "answers-patient-test.parquet")
-    runs = pd.read_csv(folder / "runs.csv").query("profile == 'patient'")
-    assert set(runs.run) == set(answers) and len(runs)
-    for run in runs.itertuples():
-        p = answers[run.run].dropna()
-        rows = ml1m.test.loc[p.index]
-        line = metrics[(metrics.model == "llm") & (metrics.split == "test") & (metrics.rows == len(p))]
-        line = line[np.isclose(line.auc, bu.auc(rows.label, p), atol=2e-4)]
-        assert (line.seed == run.seed).any(), run.run
+    runs = pd.read_csv(folder / "runs.csv").query("profile == 'patient'").set_index("run")
+    for split, asked in {"valid": set(runs.index), "test": set(runs.index) - {"text, history by row"}}.items():
+        answers = records.read_answers(folder / f"answers-patient-{split}.parquet")
+        assert set(answers) == asked and len(asked)
+        for run in asked:
+            p = answers[run].dropna()
+            rows = getattr(ml1m, split).loc[p.index]
+            line = metrics[(metrics.model == "llm") & (metrics.split == split) & (metrics.rows == len(p))]
+            line = line[np.isclose(line.auc, bu.auc(rows.label, p), atol=2e-4)]
+            assert (line.seed == runs.seed[run]).any(), run
 
 
 def test_scoring_that_was_cut_short_goes_on(small, monkeypatch, llm):

@@ -79,7 +79,6 @@ def alone(tmp_path_factory):
     return launched(1, tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_learn_what_one_learns(alone, tmp_path):
     two = launched(2, tmp_path)
     assert (alone["world"], two["world"]) == ("1", "2")
@@ -87,7 +86,6 @@ def test_two_processes_learn_what_one_learns(alone, tmp_path):
     assert np.abs(np.array(alone["p"]) - two["p"]).max() < 1e-4
 
 
-@pytest.mark.xdist_group("processes")
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     cut = launched(2, tmp_path, 4)
     assert len(cut["loss"]) == 4 < len(alone["loss"])
@@ -97,7 +95,6 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert np.abs(np.array(alone["p"]) - resumed["p"]).max() < 1e-4
 
 
-@pytest.mark.xdist_group("processes")
 def test_layers_cut_among_processes_learn_what_whole_ones_learn(tmp_path):
     sizes = dict(vocab_size=49_152, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2)
     llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
