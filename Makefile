@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # A file's tests stay together: they share what is made once.
 TWO = BINLLM_PROFILE=smoke OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
-NBVAL = $(TWO) --nbval-current-env --nbval-cell-timeout 600
+NBVAL = PYTHONPATH=tests $(TWO) -p kernels --nbval-current-env --nbval-cell-timeout 600
 
 .PHONY: run test fuzz lab explorer results release bench adapters address lock audit clean
 

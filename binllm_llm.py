@@ -446,17 +446,6 @@ def make_batches(ids, batch_size, epochs=1, seed=0, shuffle=True):
     return batches
 
 
-def join_processes():
-    """accelerate's Accelerator, which knows the processes launched together; in the precision of `compute_dtype`."""
-    from accelerate import Accelerator
-
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-    try:
-        return Accelerator(mixed_precision=half[compute_dtype()])
-    except ValueError as error:
-        raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
-
-
 def _warm_up_then_cosine(step, steps):
     """Share of the learning rate at `step`, from 1: up in a line over a tenth of the steps, then down in a cosine."""
     warmup = max(1, steps // 10)
@@ -467,10 +456,16 @@ class _Run:
     """One run of `tune`: what it reads, and all that it needs to go on, which one file can keep."""
 
     def __init__(self, how, model, ids, answers, labels, batches, lr, seed):
+        from accelerate import Accelerator
+
+        half = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
         self.model, self.ids, self.answers, self.batches, self.lr = model, ids, answers, batches, lr
         self.labels, self.seed = torch.tensor(labels, device=model.device), 1_000_003 * seed
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.accelerator = join_processes()
+        try:
+            self.accelerator = Accelerator(mixed_precision=half[compute_dtype()])
+        except ValueError as error:
+            raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3)
         self.optimizer = self.accelerator.prepare(self.optimizer)
         arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
@@ -497,8 +492,6 @@ class _Run:
 
     def step(self):
         """One step of AdamW on the next batch; returns the number of steps done."""
-        from accelerate.utils import gather_object
-
         self.model.train()
         batch, done = self.batches[len(self.curve)], len(self.curve) + 1
         torch.manual_seed(self.seed + done - 1)  # LoRA's dropout is the same after a resumed checkpoint
@@ -506,7 +499,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         packs = list(self.packs(self.mine(batch)))
-        spare = max(gather_object([len(packs)])) - len(packs)  # as many passes in every process, the spare for nothing
+        most = self.accelerator.gather(torch.tensor([len(packs)], device=self.labels.device)).max().item()
+        spare = most - len(packs)  # as many passes in every process, the spare for nothing
         packs = [(pack, 1.0) for pack in packs] + [(next(self.packs(batch[:1])), 0.0)] * spare
         for pack, counts in packs:
             with self.accelerator.autocast():

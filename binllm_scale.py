@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 import binllm_utils as bu
 from binllm_data import check_replaceable
-from binllm_llm import join_processes, with_lora
+from binllm_llm import with_lora
 
 COLUMNS = ["user", "item", "label"]
 
@@ -194,14 +194,16 @@ def shard(model, lora="all", seed=0):
     `bu.save_adapter` then do what they do otherwise, but all processes must call the first two, with the same prompts.
     Where the model fits no card, load it by `bu.load_llm(…, device="cpu")`. In one process nothing is cut.
     """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(seed)
-    model, accelerator = with_lora(model, lora), join_processes()
-    if accelerator.num_processes > 1:
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    model, state = with_lora(model, lora), PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes > 1:
+        mesh = init_device_mesh(state.device.type, (state.num_processes,))
         for layer in model.get_base_model().get_decoder().layers:
             whole = {p for name, p in layer.named_parameters() if "lora_" in name}
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    return model.to(accelerator.device)
+    return model.to(state.device)

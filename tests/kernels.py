@@ -1,5 +1,8 @@
-"""For nbval: kernels speak over Unix sockets. TCP ports are chosen before the kernel takes them, so of two
-kernels started at once one could find its port taken and die (https://github.com/jupyter/nbconvert/issues/1066)."""
+"""A pytest plugin for nbval (`-p kernels`): kernels speak over Unix sockets.
+
+TCP ports are chosen before the kernel takes them, so of two kernels started at once one could find its port taken and
+die (https://github.com/jupyter/nbconvert/issues/1066).
+"""
 
 import os
 import tempfile
