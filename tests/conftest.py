@@ -13,6 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import binllm_utils as bu
 
@@ -31,6 +32,12 @@ def make_rows(seed, n, n_users=20, n_items=30, start=0):
 def make_dataset(**changes):
     parts = {"train": make_rows(0, 400), "valid": make_rows(1, 100, start=1000), "test": make_rows(2, 100, start=2000)}
     return bu.Dataset(**(parts | {"titles": [f"Film {i} ({1950 + i})" for i in range(30)], "name": "toy"} | changes))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Weights drawn in a test are the same in every run, whichever tests the process ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
