@@ -5,6 +5,7 @@ python scripts/adapters.py pairs       the same for codes that stand bit by bit:
 python scripts/adapters.py codes       how well the codes do that `long` could read, on valid: a minute
 python scripts/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
                                          the training split, chapter by chapter, until valid says stop
+python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: an hour
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -237,8 +238,70 @@ def long():
             break
 
 
+TITLES = {"lr": 1e-3, "moments": 512, "films": 32}
+
+
+def opinions(dataset):
+    """z, float32 [users, items]: logits of the continuous model less each user's mean, in standard deviations."""
+    users, items = bx.fit_hybrid(dataset)[0].vectors()
+    logits = users @ items.T
+    logits -= logits.mean(1, keepdims=True)
+    return logits / logits.std()
+
+
+def title_lessons(dataset, z, moments, films, unasked, seed=0):
+    """(prompts, shares of Yes): at `moments` moments of the training split, a question about each of `films` films.
+
+    The prompt is the paper's, titles only, with the user's likes before that moment; the films are random, none of
+    `unasked`, and the share of Yes is sigmoid(2 z): what the collaborative model thinks, whatever the user rated then.
+    """
+    rng, rows = np.random.default_rng(seed), dataset.train
+    rows = rows[[len(mine) > 0 for mine in bu.liked_before(dataset, rows)]].sample(moments, random_state=seed)
+    pool = np.setdiff1d(np.arange(dataset.n_items), unasked)
+    rows = rows.loc[rows.index.repeat(films)].reset_index(drop=True)
+    rows["item"] = np.concatenate([rng.choice(pool, films, replace=False) for _ in range(moments)])
+    shares = 1 / (1 + np.exp(-2 * z[rows.user, rows.item]))
+    return bu.build_prompts(dataset, rows, style="text", history="row"), shares
+
+
+def titles():
+    """Title lessons: the LLM learns from titles what the collaborative model thinks; data/adapters/titles.
+
+    A fifth of the films is never asked about. How it orders valid rows by titles alone, before and after, all of them
+    and those of films asked about or not, becomes rows of data/results/titles.csv.
+    """
+    dataset, (model, tokenizer) = bu.load_ml1m(), bu.load_llm()
+    unasked = np.random.default_rng(0).permutation(dataset.n_items)[: dataset.n_items // 5]
+    valid = bu.sample_rows(dataset.valid, 1000, seed=1)
+    asked = bu.build_prompts(dataset, valid, style="text")
+    new = np.isin(valid.item, unasked)
+
+    def examine(questions):
+        p = bu.score(model, tokenizer, asked)
+        for films, mine in {"all": new | True, "asked about": ~new, "never asked about": new}.items():
+            row = {"questions": questions, "films": films, "split": "valid"} | bu.evaluate(valid[mine], p[mine])
+            records.put_row(RECORDS / "titles.csv", row, ["questions", "films"])
+            print(f"{questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
+
+    if not (bu.CACHE / "checkpoints" / "titles").exists():
+        examine(0)
+    lessons = title_lessons(dataset, opinions(dataset), TITLES["moments"], TITLES["films"], unasked)
+    options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "folder": bu.CACHE / "checkpoints" / "titles"}
+    model, curve = bu.tune(model, tokenizer, *lessons, shuffle=False, **options)
+    card = {"what": "knows a collaborative model's opinion by titles; saw no rating", "llm": model.name_or_path}
+    card |= TITLES | {"seconds": round(curve.seconds.iloc[-1])} | records.stamps()
+    bu.save_adapter(model, ADAPTERS / "titles", card, curve)
+    examine(len(lessons[0]))
+
+
 if __name__ == "__main__":
-    wanted = {"literacy": literacy, "pairs": partial(literacy, "pairs"), "codes": try_codes, "long": long}
+    wanted = {
+        "literacy": literacy,
+        "pairs": partial(literacy, "pairs"),
+        "codes": try_codes,
+        "long": long,
+        "titles": titles,
+    }
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     wanted[sys.argv[1]]()

@@ -214,3 +214,23 @@ def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, m
     assert seen[0] == seen[2] and seen[1] == seen[3] and len(seen) == 5  # the first is read back from its checkpoint
     assert sorted(seen[2] + seen[3] + seen[4]) == sorted(bu.build_prompts(toy, rows, codes, bx.BIT_BY_BIT))
     assert pd.read_csv(in_small / "long.csv").rows.iloc[-1] == len(rows)
+
+
+def test_title_lessons_say_what_the_collaborative_model_thinks(toy):
+    z = np.random.default_rng(0).normal(size=(toy.n_users, toy.n_items))
+    prompts, shares = adapters.title_lessons(toy, z, moments=10, films=8, unasked=[0, 1, 2], seed=3)
+    assert len(prompts) == len(shares) == 80
+    for start in range(0, 80, 8):
+        asked = [re.search(r'titled "(.*?)"\?', prompt) for prompt in prompts[start : start + 8]]
+        items = [toy.titles.index(found[1]) for found in asked]
+        assert len(set(items)) == 8 and not set(items) & {0, 1, 2}
+        assert len({prompt[: found.start()] for prompt, found in zip(prompts[start:], asked)}) == 1
+        assert 'movies: "' in prompts[start]  # some likes are shown
+        found = np.log(shares[start : start + 8] / (1 - shares[start : start + 8])) / 2
+        assert (np.abs(z[:, items] - found).max(1) < 1e-6).sum() == 1  # the opinions of one user
+
+
+def test_opinions_are_within_a_user(toy):
+    z = adapters.opinions(toy)
+    assert z.shape == (toy.n_users, toy.n_items) and np.abs(z.mean(1)).max() < 1e-5
+    assert z.std() == pytest.approx(1, abs=0.01)
