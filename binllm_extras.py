@@ -1,9 +1,11 @@
 """What goes beyond the paper, or beside it, and two or more notebooks need; `binllm_utils.py` is the paper's own walk.
 
-Baselines, health and search of codes, other ways to codes, and bit literacy: lessons that teach an LLM to read them.
+Baselines, health and search of codes, other ways to codes, and lessons for an LLM: bit literacy, which
+teaches it to read codes, and title lessons, which teach it what a collaborative model thinks of films.
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,6 +425,49 @@ def code_questions(codes, template=ALIKE):
     """`template` (ALIKE or ALIKE_PAIRS) about user i and item i of `codes`, for each i: a list of prompts."""
     pairs = zip(codes.users, codes.items)
     return [template.format(user=bu.to_bits(a), item=bu.to_bits(b), pairs=to_pairs(a, b)) for a, b in pairs]
+
+
+# ------------------------------------------------------------------------------------------------------ title lessons
+def some_items(dataset, share=0.2, seed=0):
+    """Ids of a random `share` of all items, int64: the cold films of notebook 08, which title lessons leave out."""
+    return np.random.default_rng(seed).permutation(dataset.n_items)[: int(share * dataset.n_items)]
+
+
+def without_ratings(dataset, items):
+    """The `Dataset` as it would be if nobody had rated `items` before the test months."""
+    kept = {split: part[~part.item.isin(items)] for split in ("train", "valid") for part in [getattr(dataset, split)]}
+    return replace(dataset, **kept)
+
+
+def opinions(dataset):
+    """z, float32 [n_users, n_items]: logits of `fit_hybrid` less each user's mean, in standard deviations of the rest.
+
+    A user's general level cannot be read off a list of likes; which films a user likes more than others can.
+    """
+    users, items = fit_hybrid(dataset)[0].vectors()
+    logits = users @ items.T
+    logits -= logits.mean(1, keepdims=True)
+    return logits / logits.std()
+
+
+def title_lessons(dataset, z, moments, films=32, unasked=(), seed=0):
+    """(prompts, shares of Yes): at `moments` moments of the training split, a question about each of `films` films.
+
+    The prompt is the paper's, titles only, with the user's likes before that moment; the films are random, none of
+    `unasked`, and the share of Yes is sigmoid(2 z), z of `opinions`: what the collaborative model thinks, whatever the
+    user rated then. Raises ValueError where fewer than `films` films or `moments` moments with a like are left.
+    """
+    rng, rows, pool = np.random.default_rng(seed), dataset.train, np.setdiff1d(np.arange(dataset.n_items), unasked)
+    rows = rows[[len(mine) > 0 for mine in bu.liked_before(dataset, rows)]]
+    if len(pool) < films or len(rows) < moments:
+        raise ValueError(
+            f"{len(rows):,} moments and {len(pool):,} films to ask about; {moments} and {films} are wanted"
+        )
+    rows = rows.sample(moments, random_state=seed)
+    rows = rows.loc[rows.index.repeat(films)].reset_index(drop=True)
+    rows["item"] = np.concatenate([rng.choice(pool, films, replace=False) for _ in range(moments)])
+    shares = 1 / (1 + np.exp(-2 * z[rows.user, rows.item]))
+    return bu.build_prompts(dataset, rows, style="text", history="row"), shares
 
 
 def load_shipped(model, name):

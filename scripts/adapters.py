@@ -241,40 +241,18 @@ def long():
 TITLES = {"lr": 1e-3, "moments": 512, "films": 32}
 
 
-def opinions(dataset):
-    """z, float32 [users, items]: logits of the continuous model less each user's mean, in standard deviations."""
-    users, items = bx.fit_hybrid(dataset)[0].vectors()
-    logits = users @ items.T
-    logits -= logits.mean(1, keepdims=True)
-    return logits / logits.std()
-
-
-def title_lessons(dataset, z, moments, films, unasked, seed=0):
-    """(prompts, shares of Yes): at `moments` moments of the training split, a question about each of `films` films.
-
-    The prompt is the paper's, titles only, with the user's likes before that moment; the films are random, none of
-    `unasked`, and the share of Yes is sigmoid(2 z): what the collaborative model thinks, whatever the user rated then.
-    """
-    rng, rows = np.random.default_rng(seed), dataset.train
-    rows = rows[[len(mine) > 0 for mine in bu.liked_before(dataset, rows)]].sample(moments, random_state=seed)
-    pool = np.setdiff1d(np.arange(dataset.n_items), unasked)
-    rows = rows.loc[rows.index.repeat(films)].reset_index(drop=True)
-    rows["item"] = np.concatenate([rng.choice(pool, films, replace=False) for _ in range(moments)])
-    shares = 1 / (1 + np.exp(-2 * z[rows.user, rows.item]))
-    return bu.build_prompts(dataset, rows, style="text", history="row"), shares
-
-
 def titles():
     """Title lessons: the LLM learns from titles what the collaborative model thinks; data/adapters/titles.
 
-    A fifth of the films is never asked about. How it orders valid rows by titles alone, before and after, all of them
-    and those of films asked about or not, becomes rows of data/results/titles.csv.
+    A fifth of the films is never asked about, and their ratings before test are hidden from the collaborative model and
+    from the likes shown. How it orders valid rows by titles alone, before and after, all of them and those of films
+    asked about or not, becomes rows of data/results/titles.csv.
     """
     dataset, (model, tokenizer) = bu.load_ml1m(), bu.load_llm()
-    unasked = np.random.default_rng(0).permutation(dataset.n_items)[: dataset.n_items // 5]
+    cold = bx.some_items(dataset)
     valid = bu.sample_rows(dataset.valid, 1000, seed=1)
-    asked = bu.build_prompts(dataset, valid, style="text")
-    new = np.isin(valid.item, unasked)
+    asked, new = bu.build_prompts(dataset, valid, style="text"), np.isin(valid.item, cold)
+    folder = bu.CACHE / "checkpoints" / "titles"
 
     def examine(questions):
         p = bu.score(model, tokenizer, asked)
@@ -283,10 +261,11 @@ def titles():
             records.put_row(RECORDS / "titles.csv", row, ["questions", "films"])
             print(f"{questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
 
-    if not (bu.CACHE / "checkpoints" / "titles").exists():
+    if not folder.exists():
         examine(0)
-    lessons = title_lessons(dataset, opinions(dataset), TITLES["moments"], TITLES["films"], unasked)
-    options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "folder": bu.CACHE / "checkpoints" / "titles"}
+    seen = bx.without_ratings(dataset, cold)
+    lessons = bx.title_lessons(seen, bx.opinions(seen), TITLES["moments"], TITLES["films"], unasked=cold)
+    options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "folder": folder}
     model, curve = bu.tune(model, tokenizer, *lessons, shuffle=False, **options)
     card = {"what": "knows a collaborative model's opinion by titles; saw no rating", "llm": model.name_or_path}
     card |= TITLES | {"seconds": round(curve.seconds.iloc[-1])} | records.stamps()

@@ -8,6 +8,7 @@ import adapters
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import make_dataset
 from safetensors.torch import load_file
 
 import binllm_extras as bx
@@ -218,7 +219,7 @@ def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, m
 
 def test_title_lessons_say_what_the_collaborative_model_thinks(toy):
     z = np.random.default_rng(0).normal(size=(toy.n_users, toy.n_items))
-    prompts, shares = adapters.title_lessons(toy, z, moments=10, films=8, unasked=[0, 1, 2], seed=3)
+    prompts, shares = bx.title_lessons(toy, z, moments=10, films=8, unasked=[0, 1, 2], seed=3)
     assert len(prompts) == len(shares) == 80
     for start in range(0, 80, 8):
         asked = [re.search(r'titled "(.*?)"\?', prompt) for prompt in prompts[start : start + 8]]
@@ -230,7 +231,29 @@ def test_title_lessons_say_what_the_collaborative_model_thinks(toy):
         assert (np.abs(z[:, items] - found).max(1) < 1e-6).sum() == 1  # the opinions of one user
 
 
+def test_too_few_films_or_moments_for_title_lessons_are_refused(toy):
+    z = np.zeros((toy.n_users, toy.n_items))
+    with pytest.raises(ValueError, match="27 films to ask about; 10 and 28 are wanted"):
+        bx.title_lessons(toy, z, moments=10, films=28, unasked=[0, 1, 2])
+    with pytest.raises(ValueError, match="moments and 30 films to ask about; 401 and 2 are wanted"):
+        bx.title_lessons(toy, z, moments=401, films=2)
+
+
 def test_opinions_are_within_a_user(toy):
-    z = adapters.opinions(toy)
+    z = bx.opinions(toy)
     assert z.shape == (toy.n_users, toy.n_items) and np.abs(z.mean(1)).max() < 1e-5
     assert z.std() == pytest.approx(1, abs=0.01)
+
+
+def test_ratings_hidden_are_seen_by_nobody_before_test(toy):
+    cold = bx.some_items(toy)
+    assert len(set(cold)) == 6 and set(cold) != set(range(6)) and (bx.some_items(toy) == cold).all()
+    seen = bx.without_ratings(toy, cold)
+    for split in ("train", "valid"):
+        whole, left = getattr(toy, split), getattr(seen, split)
+        assert not left.item.isin(cold).any() and len(left) == (~whole.item.isin(cold)).sum() < len(whole)
+    assert seen.test.equals(toy.test) and (seen.n_users, seen.n_items) == (toy.n_users, toy.n_items)
+    flipped = toy.train.assign(label=np.where(toy.train.item.isin(cold), 1 - toy.train.label, toy.train.label))
+    other = bx.without_ratings(make_dataset(train=flipped), cold)
+    assert np.array_equal(bx.opinions(seen), bx.opinions(other))  # nothing hangs on what was hidden
+    assert (bu.item_features(seen)[cold, -1] == 0).all()
