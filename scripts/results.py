@@ -122,7 +122,7 @@ class Variant:
 
 
 TEXT = Variant("text", "text", 1e-3)
-VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin with bit literacy
+VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin with lessons
     variant.name: variant
     for variant in (
         TEXT,
@@ -131,6 +131,7 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin
         Variant("two_step", "text+codes", 5e-4, first=TEXT),
         Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
+        Variant("titles text", "text", 1e-4, start="titles"),
     )
 }
 TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` changes what is learned
@@ -154,6 +155,7 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
+    "titles text": Run("titles text"),
     "codes_only, float32": Run("codes_only", nf4=False),
     "text, history by row": Run("text", history="row"),  # compared on valid only, so asked there only
 }
