@@ -116,7 +116,7 @@ class Variant:
 
     name: str
     style: str
-    lr: float
+    lr: float | None  # None: as `start` left it
     first: "Variant | None" = None
     start: str | None = None
 
@@ -131,7 +131,8 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin
         Variant("two_step", "text+codes", 5e-4, first=TEXT),
         Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
-        Variant("titles text", "text", 1e-4, start="titles"),
+        Variant("title lessons", "text", None, start="titles"),
+        Variant("title lessons, ratings", "text", 1e-4, start="titles"),
     )
 }
 TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` changes what is learned
@@ -139,12 +140,13 @@ TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` change
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked of one tuned LLM. history: what `bu.build_prompts` shows."""
+    """What is asked of one tuned LLM. history: what `bu.build_prompts` shows; test: whether test rows are asked too."""
 
     variant: str
     fmt: str = "bits"
     nf4: bool = True
     history: str = "sitting"
+    test: bool = True
 
 
 RUNS = {
@@ -155,9 +157,10 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "titles text": Run("titles text"),
+    "title lessons": Run("title lessons"),
+    "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),
-    "text, history by row": Run("text", history="row"),  # compared on valid only, so asked there only
+    "text, history by row": Run("text", history="row", test=False),
 }
 
 
@@ -179,7 +182,10 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     if done:
         return bu.load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if card["start"]:
-        model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / variant.start)
+        start = bu.ROOT / "data" / "adapters" / variant.start
+        model = bu.load_adapter(model, start)
+        if variant.lr is None:
+            return model, tokenizer, pd.read_csv(start / "curve.csv")
     rows = bu.sample_sittings(dataset, profile.tune_rows, seed)
     prompts = bu.build_prompts(dataset, rows, codes, variant.style, run.fmt, history=run.history)
     kept = bu.CACHE / "checkpoints" / folder.name
@@ -225,11 +231,13 @@ def answer(name, seed, dataset, profile):
     codes = bu.cached_codes(dataset, 32, seed)
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
+    if variant.lr is None and not card["start"]:
+        return print(f"{title}: nothing to ask without its adapter", flush=True)
     folder = kept_in(profile, dataset)
     rows = {"valid": bu.sample_rows(dataset.valid, 1000, seed=1), "test": dataset.test}
     if profile.eval_rows < len(dataset.test):
         rows = {"valid": rows["valid"].head(20), "test": bu.sample_rows(dataset.test, profile.eval_rows)}
-    if run.history == "row":
+    if not run.test:
         del rows["test"]
     asked = {"run": title, "profile": profile.name, "made_from": bu.digest(card, *rows.values())}
     if records.has_row(folder / "runs.csv", asked):
