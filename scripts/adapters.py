@@ -239,38 +239,48 @@ def long():
 
 
 TITLES = {"lr": 1e-3, "moments": 512, "films": 32}
+TITLE_COURSES = 2  # each with other users, moments and films
 
 
 def titles():
     """Title lessons: the LLM learns from titles what the collaborative model thinks; data/adapters/titles.
 
     A fifth of the films is never asked about, and their ratings before test are hidden from the collaborative model and
-    from the likes shown. How it orders valid rows by titles alone, before and after, all of them and those of films
-    asked about or not, becomes rows of data/results/titles.csv.
+    from the likes shown. How it orders valid rows by titles alone, before the first course and after each, all of them
+    and those of films asked about or not, becomes rows of data/results/titles.csv. Run again, it goes on.
     """
-    dataset, (model, tokenizer) = bu.load_ml1m(), bu.load_llm()
+    dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / "titles"
     cold = bx.some_items(dataset)
-    valid = bu.sample_rows(dataset.valid, 1000, seed=1)
-    asked, new = bu.build_prompts(dataset, valid, style="text"), np.isin(valid.item, cold)
-    folder = bu.CACHE / "checkpoints" / "titles"
+    seen, curves = bx.without_ratings(dataset, cold), []
+    z, card = bx.opinions(seen), {"courses": 0}
+    if (folder / "card.json").exists():
+        model, card = bu.load_adapter(model, folder), json.loads((folder / "card.json").read_text())
+        curves = [pd.read_csv(folder / "curve.csv")]
+    elif not (bu.CACHE / "checkpoints" / "titles-1").exists():
+        title_exam(dataset, model, tokenizer, cold, 0)
+    for course in range(card["courses"] + 1, TITLE_COURSES + 1):
+        lessons = bx.title_lessons(seen, z, TITLES["moments"], TITLES["films"], unasked=cold, seed=course - 1)
+        options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "shuffle": False}
+        options["folder"] = bu.CACHE / "checkpoints" / f"titles-{course}"
+        model, curve = bu.tune(model, tokenizer, *lessons, **options)
+        curves.append(curve.assign(course=course))
+        title_exam(dataset, model, tokenizer, cold, course * len(lessons[0]))
+        card = {"what": "knows a collaborative model's opinion by titles; saw no rating", "llm": model.name_or_path}
+        curves = [pd.concat(curves)]
+        seconds = round(curves[0].groupby("course").seconds.max().sum())
+        card |= TITLES | {"courses": course, "seconds": seconds} | records.stamps()
+        bu.save_adapter(model, folder, card, *curves)
 
-    def examine(questions):
-        p = bu.score(model, tokenizer, asked)
-        for films, mine in {"all": new | True, "asked about": ~new, "never asked about": new}.items():
-            row = {"questions": questions, "films": films, "split": "valid"} | bu.evaluate(valid[mine], p[mine])
-            records.put_row(RECORDS / "titles.csv", row, ["questions", "films"])
-            print(f"{questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
 
-    if not folder.exists():
-        examine(0)
-    seen = bx.without_ratings(dataset, cold)
-    lessons = bx.title_lessons(seen, bx.opinions(seen), TITLES["moments"], TITLES["films"], unasked=cold)
-    options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "folder": folder}
-    model, curve = bu.tune(model, tokenizer, *lessons, shuffle=False, **options)
-    card = {"what": "knows a collaborative model's opinion by titles; saw no rating", "llm": model.name_or_path}
-    card |= TITLES | {"seconds": round(curve.seconds.iloc[-1])} | records.stamps()
-    bu.save_adapter(model, ADAPTERS / "titles", card, curve)
-    examine(len(lessons[0]))
+def title_exam(dataset, model, tokenizer, cold, questions):
+    """How well valid rows are ordered by titles alone after so many questions: data/results/titles.csv."""
+    rows = bu.sample_rows(dataset.valid, 1000, seed=1)
+    p, new = bu.score(model, tokenizer, bu.build_prompts(dataset, rows, style="text")), rows.item.isin(cold).to_numpy()
+    for films, mine in {"all": new | True, "asked about": ~new, "never asked about": new}.items():
+        row = {"questions": questions, "films": films, "split": "valid", "rows": int(mine.sum())}
+        row |= bu.evaluate(rows[mine], p[mine])
+        records.put_row(RECORDS / "titles.csv", row, ["questions", "films"])
+        print(f"{questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import adapters
@@ -257,3 +258,33 @@ def test_ratings_hidden_are_seen_by_nobody_before_test(toy):
     other = bx.without_ratings(make_dataset(train=flipped), cold)
     assert np.array_equal(bx.opinions(seen), bx.opinions(other))  # nothing hangs on what was hidden
     assert (bu.item_features(seen)[cold, -1] == 0).all()
+
+
+def test_title_lessons_go_on_after_the_last_whole_course(in_small, monkeypatch):
+    """Once in one go, once with a break: the same lessons and weights; no cold film is asked about."""
+    monkeypatch.setattr(adapters, "TITLES", {"lr": 1e-3, "moments": 2, "films": 4})
+    z = np.random.default_rng(0).normal(size=(20, 30))
+    monkeypatch.setattr(bx, "opinions", lambda _: z)
+    taught, tune = [], bu.tune
+
+    def noted(model, tokenizer, prompts, *rest, **options):
+        taught.append(list(prompts))
+        return tune(model, tokenizer, prompts, *rest, **options)
+
+    monkeypatch.setattr(bu, "tune", noted)
+    for courses in (1, 2):
+        monkeypatch.setattr(adapters, "TITLE_COURSES", courses)
+        adapters.titles()
+    broken, lessons = saved_values(in_small / "titles"), list(taught)
+    assert len(lessons) == 2 and lessons[0] != lessons[1] and [len(prompts) for prompts in lessons] == [8, 8]
+    exams = pd.read_csv(in_small / "titles.csv")
+    assert exams.questions.tolist() == [0] * 3 + [8] * 3 + [16] * 3 and (exams.rows[exams.films == "all"] == 100).all()
+    assert json.loads((in_small / "titles" / "card.json").read_text())["courses"] == 2
+    assert pd.read_csv(in_small / "titles" / "curve.csv").course.tolist() == [1, 1, 2, 2]
+    shutil.rmtree(in_small / "titles")
+    shutil.rmtree(in_small / "cache" / "checkpoints")
+    taught.clear()
+    adapters.titles()
+    assert taught == lessons and np.allclose(saved_values(in_small / "titles"), broken, atol=1e-6)
+    cold = [f'titled "Film {i} ' for i in bx.some_items(bu.load_ml1m())]
+    assert not any(film in prompt for prompts in lessons for prompt in prompts for film in cold)
