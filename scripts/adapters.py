@@ -239,7 +239,7 @@ def long():
 
 
 TITLES = {"lr": 1e-3, "moments": 512, "films": 32}
-TITLE_COURSES = 2  # each with other users, moments and films
+TITLE_COURSES = 1  # each with other users, moments and films
 
 
 def titles():
@@ -256,6 +256,8 @@ def titles():
     if (folder / "card.json").exists():
         model, card = bu.load_adapter(model, folder), json.loads((folder / "card.json").read_text())
         curves = [pd.read_csv(folder / "curve.csv")]
+        if any(card.get(key) != value for key, value in TITLES.items()):
+            sys.exit(f"{folder} was taught other lessons than TITLES; delete it to teach these")
     elif not (bu.CACHE / "checkpoints" / "titles-1").exists():
         title_exam(dataset, model, tokenizer, cold, 0)
     for course in range(card["courses"] + 1, TITLE_COURSES + 1):
@@ -265,7 +267,8 @@ def titles():
         model, curve = bu.tune(model, tokenizer, *lessons, **options)
         curves.append(curve.assign(course=course))
         title_exam(dataset, model, tokenizer, cold, course * len(lessons[0]))
-        card = {"what": "knows a collaborative model's opinion by titles; saw no rating", "llm": model.name_or_path}
+        what = "knows a collaborative model's opinion by titles; no rating was an answer"
+        card = {"what": what, "llm": model.name_or_path}
         curves = [pd.concat(curves)]
         seconds = round(curves[0].groupby("course").seconds.max().sum())
         card |= TITLES | {"courses": course, "seconds": seconds} | records.stamps()
