@@ -435,8 +435,8 @@ def some_items(dataset, share=0.2, seed=0):
 
 def without_ratings(dataset, items):
     """The `Dataset` as it would be if nobody had rated `items` before the test months."""
-    kept = {split: part[~part.item.isin(items)] for split in ("train", "valid") for part in [getattr(dataset, split)]}
-    return replace(dataset, **kept)
+    train, valid = (part[~part.item.isin(items)] for part in (dataset.train, dataset.valid))
+    return replace(dataset, train=train, valid=valid)
 
 
 def opinions(dataset):

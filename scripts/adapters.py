@@ -5,7 +5,7 @@ python scripts/adapters.py pairs       the same for codes that stand bit by bit:
 python scripts/adapters.py codes       how well the codes do that `long` could read, on valid: a minute
 python scripts/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
                                          the training split, chapter by chapter, until valid says stop
-python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: an hour
+python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: 80 minutes
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -250,9 +250,7 @@ def titles():
     and those of films asked about or not, becomes rows of data/results/titles.csv. Run again, it goes on.
     """
     dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / "titles"
-    cold = bx.some_items(dataset)
-    seen, curves = bx.without_ratings(dataset, cold), []
-    z, card = bx.opinions(seen), {"courses": 0}
+    cold, card, curves = bx.some_items(dataset), {"courses": 0}, []
     if (folder / "card.json").exists():
         model, card = bu.load_adapter(model, folder), json.loads((folder / "card.json").read_text())
         curves = [pd.read_csv(folder / "curve.csv")]
@@ -260,6 +258,8 @@ def titles():
             sys.exit(f"{folder} was taught other lessons than TITLES; delete it to teach these")
     elif not (bu.CACHE / "checkpoints" / "titles-1").exists():
         title_exam(dataset, model, tokenizer, cold, 0)
+    seen = bx.without_ratings(dataset, cold)
+    z = bx.opinions(seen)
     for course in range(card["courses"] + 1, TITLE_COURSES + 1):
         lessons = bx.title_lessons(seen, z, TITLES["moments"], TITLES["films"], unasked=cold, seed=course - 1)
         options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "shuffle": False}
@@ -269,10 +269,10 @@ def titles():
         title_exam(dataset, model, tokenizer, cold, course * len(lessons[0]))
         what = "knows a collaborative model's opinion by titles; no rating was an answer"
         card = {"what": what, "llm": model.name_or_path}
-        curves = [pd.concat(curves)]
-        seconds = round(curves[0].groupby("course").seconds.max().sum())
+        so_far = pd.concat(curves)
+        seconds = round(so_far.groupby("course").seconds.max().sum())
         card |= TITLES | {"courses": course, "seconds": seconds} | records.stamps()
-        bu.save_adapter(model, folder, card, *curves)
+        bu.save_adapter(model, folder, card, so_far)
 
 
 def title_exam(dataset, model, tokenizer, cold, questions):
