@@ -6,6 +6,7 @@ python scripts/adapters.py codes       how well the codes do that `long` could r
 python scripts/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
                                          the training split, chapter by chapter, until valid says stop
 python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: 80 minutes
+python scripts/adapters.py all_titles  the same of all films, from there
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -239,34 +240,39 @@ def long():
 
 
 TITLES = {"lr": 1e-3, "moments": 512, "films": 32}
-TITLE_COURSES = 1  # each with other users, moments and films
+TITLE_COURSES = {"titles": 1, "all_titles": 1}  # each with other users, moments and films
 
 
-def titles():
-    """Title lessons: the LLM learns from titles what the collaborative model thinks; data/adapters/titles.
+def titles(name="titles"):
+    """Title lessons: the LLM learns from titles what the collaborative model thinks; data/adapters/`name`.
 
-    A fifth of the films is never asked about, and their ratings before test are hidden from the collaborative model and
-    from the likes shown. How it orders valid rows by titles alone, before the first course and after each, all of them
-    and those of films asked about or not, becomes rows of data/results/titles.csv. Run again, it goes on.
+    For `titles` a fifth of the films is cold: never asked about, and their ratings before test are hidden from the
+    collaborative model and from the likes shown. `all_titles` goes on from it, with nothing hidden. How it orders valid
+    rows by titles alone, before the first course and after each, all of them and those of films cold at first or not,
+    becomes rows of data/results/titles.csv. Run again, it goes on.
     """
-    dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / "titles"
+    dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / name
     cold, card, curves = bx.some_items(dataset), {"courses": 0}, []
     if (folder / "card.json").exists():
         model, card = bu.load_adapter(model, folder), json.loads((folder / "card.json").read_text())
         curves = [pd.read_csv(folder / "curve.csv")]
         if any(card.get(key) != value for key, value in TITLES.items()):
             sys.exit(f"{folder} was taught other lessons than TITLES; delete it to teach these")
+    elif name == "all_titles":
+        model = bu.load_adapter(model, ADAPTERS / "titles")
     elif not (bu.CACHE / "checkpoints" / "titles-1").exists():
-        title_exam(dataset, model, tokenizer, cold, 0)
-    seen = bx.without_ratings(dataset, cold)
+        title_exam(dataset, model, tokenizer, cold, name, 0)
+    hidden = cold if name == "titles" else []
+    seen = bx.without_ratings(dataset, hidden)
     z = bx.opinions(seen)
-    for course in range(card["courses"] + 1, TITLE_COURSES + 1):
-        lessons = bx.title_lessons(seen, z, TITLES["moments"], TITLES["films"], unasked=cold, seed=course - 1)
+    for course in range(card["courses"] + 1, TITLE_COURSES[name] + 1):
+        seed = course - 1 + 100 * (name == "all_titles")
+        lessons = bx.title_lessons(seen, z, TITLES["moments"], TITLES["films"], unasked=hidden, seed=seed)
         options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "shuffle": False}
-        options["folder"] = bu.CACHE / "checkpoints" / f"titles-{course}"
+        options["folder"] = bu.CACHE / "checkpoints" / f"{name}-{course}"
         model, curve = bu.tune(model, tokenizer, *lessons, **options)
         curves.append(curve.assign(course=course))
-        title_exam(dataset, model, tokenizer, cold, course * len(lessons[0]))
+        title_exam(dataset, model, tokenizer, cold, name, course * len(lessons[0]))
         what = "knows a collaborative model's opinion by titles; no rating was an answer"
         card = {"what": what, "llm": model.name_or_path}
         so_far = pd.concat(curves)
@@ -275,15 +281,15 @@ def titles():
         bu.save_adapter(model, folder, card, so_far)
 
 
-def title_exam(dataset, model, tokenizer, cold, questions):
+def title_exam(dataset, model, tokenizer, cold, name, questions):
     """How well valid rows are ordered by titles alone after so many questions: data/results/titles.csv."""
     rows = bu.sample_rows(dataset.valid, 1000, seed=1)
     p, new = bu.score(model, tokenizer, bu.build_prompts(dataset, rows, style="text")), rows.item.isin(cold).to_numpy()
-    for films, mine in {"all": new | True, "asked about": ~new, "never asked about": new}.items():
-        row = {"questions": questions, "films": films, "split": "valid", "rows": int(mine.sum())}
+    for films, mine in {"all": new | True, "warm": ~new, "cold": new}.items():
+        row = {"adapter": name, "questions": questions, "films": films, "split": "valid", "rows": int(mine.sum())}
         row |= bu.evaluate(rows[mine], p[mine])
-        records.put_row(RECORDS / "titles.csv", row, ["questions", "films"])
-        print(f"{questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
+        records.put_row(RECORDS / "titles.csv", row, ["adapter", "questions", "films"])
+        print(f"{name}, {questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
 
 
 if __name__ == "__main__":
@@ -293,6 +299,7 @@ if __name__ == "__main__":
         "codes": try_codes,
         "long": long,
         "titles": titles,
+        "all_titles": partial(titles, "all_titles"),
     }
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)

@@ -131,8 +131,9 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin
         Variant("two_step", "text+codes", 5e-4, first=TEXT),
         Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
-        Variant("title lessons", "text", None, start="titles"),
-        Variant("title lessons, ratings", "text", 1e-4, start="titles"),
+        Variant("bit lessons", bx.BIT_BY_BIT, None, start="long"),
+        Variant("title lessons", "text", None, start="all_titles"),
+        Variant("title lessons, ratings", "text", 1e-4, start="all_titles"),
     )
 }
 TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` changes what is learned
@@ -140,12 +141,16 @@ TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` change
 
 @dataclass(frozen=True)
 class Run:
-    """What is asked of one tuned LLM. history: what `bu.build_prompts` shows; test: whether test rows are asked too."""
+    """What is asked of one tuned LLM. history: what `bu.build_prompts` shows; valid: how many valid rows; test: whether
+    test rows are asked too.
+    """
 
     variant: str
     fmt: str = "bits"
     nf4: bool = True
     history: str = "sitting"
+    bits: int = 32
+    valid: int = 1000
     test: bool = True
 
 
@@ -157,7 +162,8 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "title lessons": Run("title lessons"),
+    "bit lessons": Run("bit lessons", bits=64),
+    "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),
     "text, history by row": Run("text", history="row", test=False),
@@ -228,13 +234,13 @@ def fits(start, profile):
 def answer(name, seed, dataset, profile):
     """One of RUNS on valid rows and on the profile's test rows; `seed` draws training rows, LoRA matrices and codes."""
     run, title = RUNS[name], f"{name}, seed {seed}" if seed else name
-    codes = bu.cached_codes(dataset, 32, seed)
+    codes = bu.cached_codes(dataset, run.bits, seed, "past" if dataset.name == "ml-1m-past" else "ste")
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
     if variant.lr is None and not card["start"]:
         return print(f"{title}: nothing to ask without its adapter", flush=True)
     folder = kept_in(profile, dataset)
-    rows = {"valid": bu.sample_rows(dataset.valid, 1000, seed=1), "test": dataset.test}
+    rows = {"valid": bu.sample_rows(dataset.valid, run.valid, seed=1), "test": dataset.test}
     if profile.eval_rows < len(dataset.test):
         rows = {"valid": rows["valid"].head(20), "test": bu.sample_rows(dataset.test, profile.eval_rows)}
     if not run.test:
@@ -306,7 +312,9 @@ def main(wanted):
     profile, dataset, past = bu.current_profile(), bu.load_ml1m(), bu.load_ml1m(past="all")
     runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
     runs |= {f"past: {name}": partial(without_llm, name, past) for name in collaborative(past, profile)}
-    runs |= {name: partial(answer, name, 0, dataset) for name in RUNS}
+    runs |= {name: partial(answer, name, 0, dataset) for name in RUNS} | {
+        "past: bit lessons": partial(answer, "bit lessons", 0, past)
+    }
     tuned = [name for name, run in RUNS.items() if VARIANTS[run.variant].lr]  # seeds change nothing in the others
     runs |= {f"{name}, seed {seed}": partial(answer, name, seed, dataset) for seed in (1, 2) for name in tuned}
     unknown = set(wanted) - set(runs)

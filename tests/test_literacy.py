@@ -72,7 +72,7 @@ def test_bit_by_bit_the_shipped_adapter_misses_hardly_a_pair():
     assert adapters.correlation(p, bu.hamming_similarity(pairs.users, pairs.items)) > 0.97
 
 
-@pytest.mark.parametrize("name", [*adapters.COURSES, "titles"])
+@pytest.mark.parametrize("name", [*adapters.COURSES, *adapters.TITLE_COURSES])
 def test_the_shipped_adapters_are_small_and_say_how_they_were_made(name):
     folder = adapters.ADAPTERS / name
     weights = folder / "adapter_model.safetensors"
@@ -80,18 +80,19 @@ def test_the_shipped_adapters_are_small_and_say_how_they_were_made(name):
     assert {name.split(".")[-3] for name in load_file(weights)} >= {"q_proj", "down_proj"}
     card = json.loads((folder / "card.json").read_text())
     assert card["llm"] == bu.SMOLLM2 and card["seconds"] > 0
-    if name == "titles":
+    if name in adapters.TITLE_COURSES:
         assert {key: card[key] for key in adapters.TITLES} == adapters.TITLES
-        assert card["courses"] == adapters.TITLE_COURSES
+        assert card["courses"] == adapters.TITLE_COURSES[name]
     else:
         assert card["courses"] == json.loads(json.dumps(adapters.COURSES[name]))
 
 
 def test_the_shipped_title_lessons_brought_something():
-    exam = pd.read_csv(bu.ROOT / "data/results/titles.csv").set_index(["questions", "films"])
-    last = adapters.TITLE_COURSES * adapters.TITLES["moments"] * adapters.TITLES["films"]
-    assert exam.auc[last, "all"] > exam.auc_hi[0, "all"] and exam.rows[last, "all"] == 1000
-    assert exam.rows[last, "asked about"] + exam.rows[last, "never asked about"] == 1000
+    exam = pd.read_csv(bu.ROOT / "data/results/titles.csv").set_index(["adapter", "questions", "films"])
+    a_course, before = adapters.TITLES["moments"] * adapters.TITLES["films"], ("titles", 0, "all")
+    for name, courses in adapters.TITLE_COURSES.items():
+        of = exam.loc[name, courses * a_course]
+        assert of.auc["all"] > exam.auc_hi[before] and of.rows["all"] == of.rows["warm"] + of.rows["cold"] == 1000
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ def test_title_lessons_go_on_after_the_last_whole_course(in_small, monkeypatch):
 
     monkeypatch.setattr(bu, "tune", noted)
     for courses in (1, 2):
-        monkeypatch.setattr(adapters, "TITLE_COURSES", courses)
+        monkeypatch.setitem(adapters.TITLE_COURSES, "titles", courses)
         adapters.titles()
     broken, lessons = saved_values(in_small / "titles"), list(taught)
     assert len(lessons) == 2 and lessons[0] != lessons[1] and [len(prompts) for prompts in lessons] == [8, 8]
@@ -311,3 +312,24 @@ def test_title_lessons_go_on_after_the_last_whole_course(in_small, monkeypatch):
     monkeypatch.setattr(adapters, "TITLES", {"lr": 1e-4, "moments": 2, "films": 4})
     with pytest.raises(SystemExit, match="was taught other lessons than TITLES; delete it"):
         adapters.titles()
+
+
+def test_lessons_about_all_films_begin_with_those_about_some(in_small, monkeypatch):
+    monkeypatch.setattr(adapters, "TITLES", {"lr": 1e-3, "moments": 2, "films": 4})
+    toy, cold, hidden = bu.load_ml1m(), bx.some_items(bu.load_ml1m()), []
+    monkeypatch.setattr(bx, "opinions", lambda seen: hidden.append(seen) or np.zeros((20, 30)) + np.arange(30) / 10)
+    adapters.titles()
+    begun, tune = [], bu.tune
+
+    def noted(model, *rest, **options):
+        begun.append([p.detach().numpy().copy() for name, p in model.named_parameters() if "lora" in name])
+        return tune(model, *rest, **options)
+
+    monkeypatch.setattr(bu, "tune", noted)
+    adapters.titles("all_titles")
+    (start,) = begun
+    found, saved = np.concatenate([p.ravel() for p in start]), saved_values(in_small / "titles")
+    assert np.allclose(np.sort(found), np.sort(saved), atol=1e-6)
+    assert not hidden[0].train.item.isin(cold).any() and len(hidden[1].train) == len(toy.train)
+    exams = pd.read_csv(in_small / "titles.csv")
+    assert exams.adapter.tolist() == ["titles"] * 6 + ["all_titles"] * 3 and exams.questions.iloc[-1] == 8

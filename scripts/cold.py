@@ -1,0 +1,183 @@
+"""What titles add to codes: about films that nobody has rated, and about all. python scripts/cold.py; ten minutes.
+
+A fifth of the films is cold (`bx.some_items`): their ratings are hidden from all that learns and from the likes shown,
+and the valid and test rows about them say who was right. Then nothing is hidden, and the answers of the run `title
+lessons` of results.py stand beside the shipped codes. Stacks are fitted on valid. The file: cold.csv, a line a split,
+kind of film, method and seed, with the paired difference from `base` on the same rows; test is not printed.
+"""
+
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import records
+import results
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+RECORDS = ROOT / "data" / "results"
+SEEDS = range(3)
+DIMENSIONS = 32  # principal components of what titles say; of 16, 32 and 64 the best on valid
+BINS = {"0": (0, 0), "1-2": (1, 2), "3-9": (3, 9), "10-19": (10, 19), "20+": (20, np.inf)}  # training rows of a film
+WORD_VECTORS = bu.Source(  # 32,000 word pieces, 256 numbers each, distilled from large LLMs; MIT licence
+    "wordllama-0.2.1.post0-py3-none-any.whl",
+    "ea361757a53f4fd2f0d6757c2d69a65c141df92a663bf03071c94cf20941b8e5",
+    package="wordllama==0.2.1.post0",
+)
+
+
+# ---------------------------------------------------------------------------------------------- what titles say
+def word_vectors(titles):
+    """The mean vector of each title's word pieces, float32 [titles, 256]: a sentence encoder without a network."""
+    with zipfile.ZipFile(bu.fetch(WORD_VECTORS)) as wheel:
+        vectors = load(wheel.read("wordllama/weights/l2_supercat_256.safetensors"))["embedding.weight"]
+        pieces = Tokenizer.from_str(wheel.read("wordllama/tokenizers/l2_supercat_tokenizer_config.json").decode())
+    return np.stack([vectors[pieces.encode(title, add_special_tokens=False).ids].mean(0) for title in titles]).astype(
+        np.float32
+    )
+
+
+@torch.inference_mode()
+def title_states(model, tokenizer, titles, batch=64):
+    """What the LLM makes of each title: float32 [titles, 2 width].
+
+    Of `The movie "…"`, the mean state of the middle layer over its tokens, beside the last token's of the last layer.
+    """
+    tokenizer.padding_side, states = "right", []
+    for start in tqdm(range(0, len(titles), batch), desc="titles", leave=False):
+        asked = [f'The movie "{title}"' for title in titles[start : start + batch]]
+        tokens = tokenizer(asked, padding=True, return_tensors="pt").to(model.device)
+        layers = model(**tokens, output_hidden_states=True, logits_to_keep=1).hidden_states
+        mask = tokens.attention_mask[..., None]
+        middle = (layers[len(layers) // 2] * mask).sum(1) / mask.sum(1)
+        last = layers[-1][torch.arange(len(asked)), mask[..., 0].sum(1) - 1]
+        states.append(torch.cat([middle, last], 1).float().cpu().numpy())
+    return np.concatenate(states)
+
+
+def title_answers(dataset, rows, cold):
+    """{split: logit(Yes)} of rows about cold films, titles only, after lessons that left these films out.
+
+    No cold film is among the likes shown: for the prompts nobody ever liked one.
+    """
+    splits = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
+    splits = {name: part.assign(label=part.label * ~part.item.isin(cold)) for name, part in splits.items()}
+    model, tokenizer = bu.load_llm()
+    model, answers = bx.load_shipped(model, "titles"), {}
+    for split, part in rows.items():
+        prompts = bu.build_prompts(replace(dataset, **splits), part, style="text")
+        p, _ = results.score_in_parts(model, tokenizer, prompts, f"cold-{split}-{bu.digest(prompts)}")
+        answers[split] = logit(p)
+    return answers
+
+
+def logit(p):
+    return np.log(p / (1 - p))
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+def collaborative(hidden, features, seed):
+    """{method: function of rows -> scores} of models that saw no rating of cold films."""
+    no_features = np.zeros((hidden.n_items, 0), np.float32)
+    plain, _ = bu.fit_codes(replace(hidden, tags=None), seed=seed, progress=False)
+    codes, _ = bu.fit_codes(hidden, seed=seed, progress=False)
+    found = {"codes, no features": plain.similarity, "codes, genres and years": codes.similarity}
+    for name, columns in {"no features": no_features, **features}.items():
+        model, _ = bx.fit_hybrid(hidden, seed=seed, features=columns, progress=False)
+        found[f"continuous, {name}"] = lambda rows, model=model: bu.cf_scores(model, rows)
+    return found
+
+
+def stacked(labels, learn, ask):
+    """Logistic regression of `labels` on the columns of `learn`; its logits for those of `ask`."""
+    model = make_pipeline(StandardScaler(), LogisticRegression())
+    return model.fit(np.stack(learn, 1), labels).decision_function(np.stack(ask, 1))
+
+
+def gated(scores, titles, count):
+    """Columns whose weighted sum trusts titles the more, or the less, the more ratings a film has in training."""
+    seen = np.log1p(count)
+    return [scores, titles, scores * seen, titles * seen, seen]
+
+
+def note(split, films, method, seed, rows, scores, base=None):
+    """Put one line into cold.csv; base: (its name, its scores on the same rows)."""
+    row = {"split": split, "films": films, "method": method, "seed": seed, "rows": len(rows)}
+    row |= bu.evaluate(rows, scores) | {"base": base and base[0]}
+    gap = bu.paired_test(rows.user, rows.label, base[1], scores) if base else None
+    for metric in ("auc", "uauc"):
+        for column, name in (("difference", "more"), ("low", "more_lo"), ("high", "more_hi")):
+            row[f"{metric}_{name}"] = round(gap.loc[metric, column], 4) if base else None
+    records.put_row(RECORDS / "cold.csv", row, ["split", "films", "method", "seed"])
+    if split == "valid":  # test is read from the file, once
+        print(f"{films} films, {method}, seed {seed}: {row['auc']}/{row['uauc']}", flush=True)
+
+
+def cold_films(rows, titles, models, seed):
+    """Rows about cold films: by each model, by titles, and by both, in a stack that valid's rows teach."""
+    scores = {name: {split: model(part) for split, part in rows.items()} for name, model in models.items()}
+    scores["LLM, titles only"], base = titles, "codes, genres and years"
+    for split, part in rows.items():
+        for name, mine in scores.items():
+            note(split, "cold", name, seed, part, mine[split], None if name == base else (base, scores[base][split]))
+    for name in (base, "continuous, genres and years"):
+        sides = [[scores[name][split], titles[split]] for split in ("valid", "test")]
+        both = stacked(rows["valid"].label, *sides)
+        note("test", "cold", f"{name} + LLM", seed, rows["test"], both, (name, scores[name]["test"]))
+
+
+def all_films(dataset, codes, seed):
+    """All test rows, nothing hidden: codes, a plain stack with titles, a gated one; and by ratings in training."""
+    counts, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), []
+    for split in ("valid", "test"):
+        p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet")["title lessons"].dropna()
+        part = getattr(dataset, split).loc[p.index]
+        sides.append((part, codes.similarity(part), logit(p.to_numpy(np.float64)), counts[part.item]))
+    (valid, *learn), (test, *ask) = sides
+    scores = {"LLM, titles only": ask[1], "codes + LLM": stacked(valid.label, learn[:2], ask[:2])}
+    scores["codes + LLM, gated"] = stacked(valid.label, gated(*learn), gated(*ask))
+    for films, (low, high) in {"all": (0, np.inf), **BINS}.items():
+        mine = (low <= ask[2]) & (ask[2] <= high)
+        if test[mine].groupby("user").label.nunique().max() != 2:  # too few to tell anything
+            continue
+        note("test", films, "codes", seed, test[mine], ask[0][mine])
+        for name, those in scores.items():
+            note("test", films, name, seed, test[mine], those[mine], ("codes", ask[0][mine]))
+
+
+def main():
+    bu.quiet()
+    dataset = bu.load_ml1m()
+    cold = bx.some_items(dataset)
+    hidden = bx.without_ratings(dataset, cold)
+    rows = {split: part[part.item.isin(cold)] for split, part in (("valid", dataset.valid), ("test", dataset.test))}
+    answers = title_answers(dataset, rows, cold)
+    model, tokenizer = bu.load_llm()
+    known, titles = bu.item_features(hidden), dataset.titles
+    told = {"word vectors": word_vectors(titles), "title states": title_states(model, tokenizer, titles)}
+    told["title states after lessons"] = title_states(bx.load_shipped(model, "titles"), tokenizer, titles)
+    features = {"genres and years": known}
+    for name, vectors in told.items():
+        parts = PCA(DIMENSIONS, whiten=True, random_state=0).fit_transform(vectors).astype(np.float32)
+        features |= {name: parts, f"genres, years and {name}": np.c_[known, parts]}
+    for seed in SEEDS:
+        cold_films(rows, answers, collaborative(hidden, features, seed), seed)
+        all_films(dataset, bu.cached_codes(dataset, 32, seed), seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What titles add to codes: who has seen which film, what a stack learns from, and which lines are kept."""
+
+import zipfile
+
+import cold
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+
+def test_word_vectors_are_the_means_of_the_pieces(tmp_path, monkeypatch):
+    pieces = Tokenizer(models.WordLevel({"toy": 0, "story": 1, "?": 2}, unk_token="?"))
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    vectors, wheel = np.array([[1, 3], [3, 7], [0, 0]], np.float16), tmp_path / "some.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("wordllama/weights/l2_supercat_256.safetensors", save({"embedding.weight": vectors}))
+        file.writestr("wordllama/tokenizers/l2_supercat_tokenizer_config.json", pieces.to_str())
+    monkeypatch.setattr(bu, "fetch", lambda *_: wheel)
+    found = cold.word_vectors(["toy story", "toy", "story toy story"])
+    assert np.allclose(found, [[2, 5], [1, 3], [7 / 3, 17 / 3]], rtol=1e-3)
+
+
+def test_a_titles_state_is_its_own_whatever_stands_beside_it(llm):
+    titles = ["Jaws (1975)", "Star Wars: Episode IV - A New Hope (1977)", "M (1931)"]
+    together = cold.title_states(*llm, titles)
+    alone = np.concatenate([cold.title_states(*llm, [title]) for title in titles])
+    assert together.shape == (3, 2 * llm[0].config.hidden_size) and np.allclose(together, alone, atol=1e-3)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_no_cold_film_is_among_the_likes_shown(toy, monkeypatch):
+    asked, films = [], bx.some_items(toy)
+    monkeypatch.setattr(bu, "load_llm", lambda *_, **__: ("model", "tokenizer"))
+    monkeypatch.setattr(bx, "load_shipped", lambda model, name: f"{model} {name}")
+
+    def answered(model, _, prompts, key):
+        assert model == "model titles"
+        asked.append(prompts)
+        return np.full(len(prompts), 0.75), 1.0
+
+    monkeypatch.setattr(cold.results, "score_in_parts", answered)
+    rows = {split: part[part.item.isin(films)] for split, part in (("valid", toy.valid), ("test", toy.test))}
+    answers = cold.title_answers(toy, rows, films)
+    for (split, part), prompts in zip(rows.items(), asked):
+        assert np.allclose(answers[split], np.log(3)) and len(prompts) == len(part) > 5
+        for prompt, item in zip(prompts, part.item):
+            likes, question = prompt.split("Leverage")
+            assert f'"{toy.titles[item]}"' in question and '"Film' in likes
+            assert not any(f'"{toy.titles[film]}"' in likes for film in films)
+
+
+def two_judges(n, seed):
+    """(labels, counts, scores, titles): scores are right about films with ratings, titles about those without."""
+    rng = np.random.default_rng(seed)
+    labels, counts = rng.integers(0, 2, n), rng.integers(0, 2, n) * 50
+    good, noise = labels + rng.normal(0, 0.7, n), rng.normal(0, 1, n)
+    return labels, counts, np.where(counts > 0, good, noise), np.where(counts > 0, noise, good)
+
+
+def test_a_gate_trusts_titles_where_ratings_are_missing():
+    (labels, *learn), (truth, *ask) = two_judges(2000, 0), two_judges(2000, 1)
+    plain = cold.stacked(labels, learn[1:], ask[1:])
+    gate = cold.stacked(labels, *(cold.gated(scores, titles, count) for count, scores, titles in (learn, ask)))
+    assert bu.auc(truth, gate) > bu.auc(truth, plain) + 0.03 > bu.auc(truth, ask[1]) + 0.05
+    turned = cold.stacked(1 - labels, learn[1:], ask[1:])  # it learns from the labels given, not from those asked about
+    assert bu.auc(truth, turned) < 0.5
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(cold, "RECORDS", tmp_path)
+    return lambda: pd.read_csv(tmp_path / "cold.csv")
+
+
+def test_a_line_holds_the_paired_difference_and_test_is_not_printed(toy, kept, capsys):
+    rng = np.random.default_rng(0)
+    scores, base = toy.test.label + rng.normal(size=100), rng.normal(size=100)
+    cold.note("test", "cold", "mine", 0, toy.test, scores, ("other", base))
+    cold.note("test", "cold", "other", 0, toy.test, base)
+    assert capsys.readouterr().out == ""
+    cold.note("valid", "cold", "mine", 0, toy.valid, scores)
+    assert "cold films, mine, seed 0: 0." in capsys.readouterr().out
+    mine, other, _ = kept().to_dict("records")
+    assert mine["base"] == "other" and np.isnan(other["auc_more"])
+    gap = bu.paired_test(toy.test.user, toy.test.label, base, scores)
+    assert mine["auc_more"] == pytest.approx(mine["auc"] - other["auc"], abs=2e-4)
+    assert mine["uauc_more_lo"] == pytest.approx(gap.low["uauc"], abs=1e-4)
+
+
+def test_cold_films_are_compared_on_the_same_rows(toy, kept):
+    films = bx.some_items(toy, share=0.5)
+    hidden = bx.without_ratings(toy, films)
+    models = cold.collaborative(hidden, {"genres and years": bu.item_features(hidden)}, seed=0)
+    rows = {split: part[part.item.isin(films)] for split, part in (("valid", toy.valid), ("test", toy.test))}
+    titles = {split: part.label + np.random.default_rng(1).normal(0, 0.5, len(part)) for split, part in rows.items()}
+    cold.cold_films(rows, titles, models, 0)
+    table = kept().set_index(["split", "method"])
+    assert set(table.rows["test"]) == {len(rows["test"])} and set(table.rows["valid"]) == {len(rows["valid"])}
+    assert len(table.loc["test"]) == len(table.loc["valid"]) + 2  # the stacks, which learn from valid
+    assert table.uauc["test", "codes, no features"] == 0.5  # all cold films have one code then
+    both = table.loc["test", "codes, genres and years + LLM"]
+    assert both.auc > 0.7 and both.base == "codes, genres and years" and both.auc_more > 0
+
+
+def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_path):
+    """Answers that are the labels: a stack with them is right, in each bin; the bins hold every row once."""
+    for split in ("valid", "test"):
+        part = getattr(toy, split)
+        p = np.where(part.label == 1, 0.9, 0.1)
+        cold.records.keep_answers(tmp_path / f"answers-patient-{split}.parquet", "title lessons", part, p)
+    cold.all_films(toy, toy_codes, 0)
+    table = kept().set_index(["films", "method"])
+    assert table.auc["all", "codes + LLM"] > 0.99 and table.auc["all", "codes + LLM, gated"] > 0.99
+    codes = table.xs("codes", level="method")
+    assert codes.rows.drop("all").sum() == codes.rows["all"] == len(toy.test) and len(codes) > 2
+    assert codes.auc["all"] == pytest.approx(bu.auc(toy.test.label, toy_codes.similarity(toy.test)), abs=1e-4)
