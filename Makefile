@@ -28,7 +28,7 @@ explorer: $(VENV)/installed ## the bit explorer of all films as one page: execut
 	$(BIN)/python scripts/explorer.py
 
 results: $(VENV)/installed ## make what is missing of data/results, and the tables from it; hours, goes on where it was
-	$(BIN)/python scripts/results.py && $(BIN)/python scripts/readme.py
+	$(BIN)/python scripts/results.py && $(BIN)/python scripts/cold.py && $(BIN)/python scripts/readme.py
 
 release: $(VENV)/installed ## execute the notebooks in place, renew figures, run times, tables and the page
 	$(BIN)/python scripts/run.py --release && $(BIN)/python scripts/readme.py && $(BIN)/python scripts/explorer.py --public
@@ -37,8 +37,8 @@ bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python scripts/readme.py
 
-adapters: $(VENV)/installed ## teach the adapters of Part II anew, three hours; goes on where it was stopped
-	for what in literacy pairs codes long titles; do $(BIN)/python scripts/adapters.py $$what || exit 1; done
+adapters: $(VENV)/installed ## teach the adapters of Part II anew, hours; goes on where it was stopped
+	for what in literacy pairs codes long titles all_titles; do $(BIN)/python scripts/adapters.py $$what || exit 1; done
 
 address: $(VENV)/installed ## make address REPO=owner/name: rewrite the repository's public address everywhere
 	$(BIN)/python scripts/address.py $(REPO)

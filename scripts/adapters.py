@@ -6,7 +6,7 @@ python scripts/adapters.py codes       how well the codes do that `long` could r
 python scripts/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
                                          the training split, chapter by chapter, until valid says stop
 python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: 80 minutes
-python scripts/adapters.py all_titles  the same of all films, from there
+python scripts/adapters.py all_titles  the same of all films, from there: as long
 
 All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
 """
@@ -274,7 +274,7 @@ def titles(name="titles"):
         curves.append(curve.assign(course=course))
         title_exam(dataset, model, tokenizer, cold, name, course * len(lessons[0]))
         what = "knows a collaborative model's opinion by titles; no rating was an answer"
-        card = {"what": what, "llm": model.name_or_path}
+        card = {"what": what, "llm": model.name_or_path, "start": "titles" if name == "all_titles" else None}
         so_far = pd.concat(curves)
         seconds = round(so_far.groupby("course").seconds.max().sum())
         card |= TITLES | {"courses": course, "seconds": seconds} | records.stamps()

@@ -126,7 +126,12 @@ def results_page(folder):
         table = pd.read_csv(soak).drop(columns=["hardware", "versions", "commit"], errors="ignore")
         parts += ["## `make run` several times in a row", markdown(list(table.columns), table.to_numpy().tolist())]
         parts += ["By `benchmarks/soak.py runs`; the cells are those whose output the tests compare."]
-    for name, title in (("runs", "How each LLM was tuned and asked"), ("runtimes", "Run times of the notebooks")):
+    if (folder / "cold.csv").exists():
+        parts += ["## What titles add, by how often a film was rated in training", cold_table(folder / "cold.csv")]
+        parts += ["By `scripts/cold.py`; *more*: paired difference from `base`, interval over users, means of seeds."]
+        parts += ["Cold: a fifth of the films, whose ratings were hidden from all that learned."]
+    tables = {"runs": "How each LLM was tuned and asked", "ml-1m-past/runs": "The same, with codes of the whole past"}
+    for name, title in (tables | {"runtimes": "Run times of the notebooks"}).items():
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv").drop(
                 columns=["made_from", "versions", "commit"], errors="ignore"
@@ -141,6 +146,19 @@ def results_page(folder):
     if (folder / "bench.csv").exists():
         parts += ["## Speed and memory, side by side", bench_table(pd.read_csv(folder / "bench.csv"))]
     return "\n\n".join(parts) + "\n"
+
+
+def cold_table(path):
+    """The test rows of cold.csv, seeds together."""
+    table, rows = pd.read_csv(path), []
+    table = table[table.split == "test"]
+    for (films, method), seeds in table.groupby(["films", "method"], sort=False):
+        cells = [films, method, int(seeds.rows.iloc[0]), len(seeds)]
+        for metric in ("auc", "uauc"):
+            more, low, high = (seeds[f"{metric}_{name}"].mean() for name in ("more", "more_lo", "more_hi"))
+            cells += [f"{seeds[metric].mean():.3f}", "" if pd.isna(more) else f"{more:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        rows.append([*cells, seeds.base.fillna("").iloc[0]])
+    return markdown(["films", "method", "rows", "seeds", "AUC", "more", "UAUC", "more", "base"], rows)
 
 
 def runtimes_table(runtimes):
