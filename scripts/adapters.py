@@ -252,14 +252,15 @@ def titles(name="titles"):
     becomes rows of data/results/titles.csv. Run again, it goes on.
     """
     dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / name
-    cold, card, curves = bx.some_items(dataset), {"courses": 0}, []
+    cold, card, learned = bx.some_items(dataset), {"courses": 0}, None
     if (folder / "card.json").exists():
         model, card = bu.load_adapter(model, folder), json.loads((folder / "card.json").read_text())
-        curves = [pd.read_csv(folder / "curve.csv")]
+        learned = pd.read_csv(folder / "curve.csv")
         if any(card.get(key) != value for key, value in TITLES.items()):
             sys.exit(f"{folder} was taught other lessons than TITLES; delete it to teach these")
     elif name == "all_titles":
         model = bu.load_adapter(model, ADAPTERS / "titles")
+        learned = pd.read_csv(ADAPTERS / "titles" / "curve.csv").assign(course=0)  # they are part of what it cost
     elif not (bu.CACHE / "checkpoints" / "titles-1").exists():
         title_exam(dataset, model, tokenizer, cold, name, 0)
     hidden = cold if name == "titles" else []
@@ -271,14 +272,13 @@ def titles(name="titles"):
         options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "shuffle": False}
         options["folder"] = bu.CACHE / "checkpoints" / f"{name}-{course}"
         model, curve = bu.tune(model, tokenizer, *lessons, **options)
-        curves.append(curve.assign(course=course))
+        before = 0 if learned is None else learned.seconds.iloc[-1]
+        learned = pd.concat([learned, curve.assign(course=course, seconds=curve.seconds + before)])
         title_exam(dataset, model, tokenizer, cold, name, course * len(lessons[0]))
         what = "knows a collaborative model's opinion by titles; no rating was an answer"
         card = {"what": what, "llm": model.name_or_path, "start": "titles" if name == "all_titles" else None}
-        so_far = pd.concat(curves)
-        seconds = round(so_far.groupby("course").seconds.max().sum())
-        card |= TITLES | {"courses": course, "seconds": seconds} | records.stamps()
-        bu.save_adapter(model, folder, card, so_far)
+        card |= TITLES | {"courses": course, "seconds": round(learned.seconds.iloc[-1])} | records.stamps()
+        bu.save_adapter(model, folder, card, learned)
 
 
 def title_exam(dataset, model, tokenizer, cold, name, questions):
