@@ -131,7 +131,7 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin
         Variant("two_step", "text+codes", 5e-4, first=TEXT),
         Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
-        Variant("bit lessons", bx.BIT_BY_BIT, None, start="long"),
+        Variant("bit lessons", bx.BIT_BY_BIT, None, start="pairs"),
         Variant("title lessons", "text", None, start="all_titles"),
         Variant("title lessons, ratings", "text", 1e-4, start="all_titles"),
     )
@@ -149,7 +149,6 @@ class Run:
     fmt: str = "bits"
     nf4: bool = True
     history: str = "sitting"
-    bits: int = 32
     valid: int = 1000
     test: bool = True
 
@@ -162,7 +161,7 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "bit lessons": Run("bit lessons", bits=64),
+    "bit lessons": Run("bit lessons"),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),
@@ -234,7 +233,7 @@ def fits(start, profile):
 def answer(name, seed, dataset, profile):
     """One of RUNS on valid rows and on the profile's test rows; `seed` draws training rows, LoRA matrices and codes."""
     run, title = RUNS[name], f"{name}, seed {seed}" if seed else name
-    codes = bu.cached_codes(dataset, run.bits, seed, "past" if dataset.name == "ml-1m-past" else "ste")
+    codes = bu.cached_codes(dataset, 32, seed, "past" if dataset.name == "ml-1m-past" else "ste")
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
     if variant.lr is None and not card["start"]:
