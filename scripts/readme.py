@@ -33,7 +33,7 @@ METHODS = {
     ("llm", "codes_only, float32"): "LLM, codes only, not in four bits",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
-    ("llm", "bit lessons"): "LLM, titles + codes bit by bit, taught by made-up codes",
+    ("llm", "bit lessons, float32"): "LLM, titles + codes bit by bit, taught by made-up codes",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
 }

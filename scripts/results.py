@@ -161,7 +161,7 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "bit lessons": Run("bit lessons"),
+    "bit lessons": Run("bit lessons", nf4=False),  # as it was taught
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),
