@@ -274,7 +274,7 @@ def titles(name="titles"):
         model, curve = bu.tune(model, tokenizer, *lessons, **options)
         before = 0 if learned is None else learned.seconds.iloc[-1]
         learned = pd.concat([learned, curve.assign(course=course, seconds=curve.seconds + before)])
-        title_exam(dataset, model, tokenizer, cold, name, course * len(lessons[0]))
+        title_exam(dataset, model, tokenizer, cold, name, int(learned.rows.sum()))
         what = "knows a collaborative model's opinion by titles; no rating was an answer"
         card = {"what": what, "llm": model.name_or_path, "start": "titles" if name == "all_titles" else None}
         card |= TITLES | {"courses": course, "seconds": round(learned.seconds.iloc[-1])} | records.stamps()

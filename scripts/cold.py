@@ -110,8 +110,12 @@ def stacked(labels, learn, ask):
 
 def gated(scores, titles, count):
     """Columns whose weighted sum trusts titles the more, or the less, the more ratings a film has in training."""
-    seen = np.log1p(count)
-    return [scores, titles, scores * seen, titles * seen, seen]
+    return [scores, titles, titles * np.log1p(count)]
+
+
+def ties_by(similarity, second, bits=32):
+    """The codes' similarity, and between equal ones the order of `second`, numbers from 0 to 1."""
+    return similarity + 0.99 * second / bits
 
 
 def note(split, films, method, seed, rows, scores, base=None):
@@ -141,22 +145,35 @@ def cold_films(rows, titles, models, seed):
 
 
 def all_films(dataset, codes, seed):
-    """All test rows, nothing hidden: codes, a plain stack with titles, a gated one; and by ratings in training."""
-    counts, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), []
+    """All test rows, nothing hidden: what titles add to codes, over all films and by ratings in training.
+
+    In a stack, plain or gated, and where codes leave a tie: 33 similarities order few rows. There a film's like rate,
+    which needs no LLM, is the control.
+    """
+    counts, rates, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), film_rates(dataset), []
     for split in ("valid", "test"):
         p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet")["title lessons"].dropna()
         part = getattr(dataset, split).loc[p.index]
         sides.append((part, codes.similarity(part), logit(p.to_numpy(np.float64)), counts[part.item]))
     (valid, *learn), (test, *ask) = sides
-    scores = {"LLM, titles only": ask[1], "codes + LLM": stacked(valid.label, learn[:2], ask[:2])}
+    alone, titles, count = ask
+    scores = {"LLM, titles only": titles, "codes + LLM": stacked(valid.label, learn[:2], ask[:2])}
     scores["codes + LLM, gated"] = stacked(valid.label, gated(*learn), gated(*ask))
+    scores["codes, ties by LLM"] = ties_by(alone, p.to_numpy(np.float64), codes.bits)
+    scores["codes, ties by like rate"] = ties_by(alone, rates[test.item], codes.bits)
     for films, (low, high) in {"all": (0, np.inf), **BINS}.items():
-        mine = (low <= ask[2]) & (ask[2] <= high)
+        mine = (low <= count) & (count <= high)
         if test[mine].groupby("user").label.nunique().max() != 2:  # too few to tell anything
             continue
-        note("test", films, "codes", seed, test[mine], ask[0][mine])
+        note("test", films, "codes", seed, test[mine], alone[mine])
         for name, those in scores.items():
-            note("test", films, name, seed, test[mine], those[mine], ("codes", ask[0][mine]))
+            note("test", films, name, seed, test[mine], those[mine], ("codes", alone[mine]))
+
+
+def film_rates(dataset):
+    """How often each film was liked in training, smoothed; of a film that nobody rated, the mean: [n_items]."""
+    found, mean = bu.smoothed_rates(dataset.train, "item"), dataset.train.label.mean()
+    return found.reindex(range(dataset.n_items)).fillna(mean).to_numpy()
 
 
 def main():
