@@ -155,6 +155,10 @@ def all_films(dataset, codes, seed):
         p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet")["title lessons"].dropna()
         part = getattr(dataset, split).loc[p.index]
         sides.append((part, codes.similarity(part), logit(p.to_numpy(np.float64)), counts[part.item]))
+        if split == "valid":
+            untied = ties_by(sides[0][1], p.to_numpy(np.float64), codes.bits)
+            note("valid", "all", "codes", seed, part, sides[0][1])
+            note("valid", "all", "codes, ties by LLM", seed, part, untied, ("codes", sides[0][1]))
     (valid, *learn), (test, *ask) = sides
     alone, titles, count = ask
     scores = {"LLM, titles only": titles, "codes + LLM": stacked(valid.label, learn[:2], ask[:2])}
