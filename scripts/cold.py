@@ -7,6 +7,7 @@ kind of film, method and seed, with the paired difference from `base` on the sam
 """
 
 import sys
+import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tokenizers import Tokenizer
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -43,12 +44,12 @@ WORD_VECTORS = bu.Source(  # 32,000 word pieces, 256 numbers each, distilled fro
 # ---------------------------------------------------------------------------------------------- what titles say
 def word_vectors(titles):
     """The mean vector of each title's word pieces, float32 [titles, 256]: a sentence encoder without a network."""
-    with zipfile.ZipFile(bu.fetch(WORD_VECTORS)) as wheel:
+    with zipfile.ZipFile(bu.fetch(WORD_VECTORS)) as wheel, tempfile.TemporaryDirectory() as folder:
         vectors = load(wheel.read("wordllama/weights/l2_supercat_256.safetensors"))["embedding.weight"]
-        pieces = Tokenizer.from_str(wheel.read("wordllama/tokenizers/l2_supercat_tokenizer_config.json").decode())
-    return np.stack([vectors[pieces.encode(title, add_special_tokens=False).ids].mean(0) for title in titles]).astype(
-        np.float32
-    )
+        pieces = wheel.extract("wordllama/tokenizers/l2_supercat_tokenizer_config.json", folder)
+        pieces = PreTrainedTokenizerFast(tokenizer_file=pieces)
+    ids = pieces(titles, add_special_tokens=False).input_ids
+    return np.stack([vectors[mine].mean(0) for mine in ids]).astype(np.float32)
 
 
 @torch.inference_mode()

@@ -127,7 +127,9 @@ def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_pat
         p = np.where(part.label == 1, 0.9, 0.1)
         cold.records.keep_answers(tmp_path / f"answers-patient-{split}.parquet", "title lessons", part, p)
     cold.all_films(toy, toy_codes, 0)
-    table = kept().set_index(["films", "method"])
+    table = kept().set_index("split")
+    assert table.loc["valid"].method.tolist() == ["codes", "codes, ties by LLM"]
+    table = table.loc["test"].set_index(["films", "method"])
     assert table.auc["all", "codes, ties by LLM"] > table.auc["all", "codes"]
     assert table.auc["all", "codes + LLM"] > 0.99 and table.auc["all", "codes + LLM, gated"] > 0.99
     codes, counts = table.xs("codes", level="method"), np.bincount(toy.train.item)[toy.test.item]
