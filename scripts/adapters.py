@@ -253,21 +253,22 @@ def titles(name="titles"):
     """
     dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / name
     cold, card, learned = bx.some_items(dataset), {"courses": 0}, None
+    start = "titles" if name == "all_titles" else None
     if (folder / "card.json").exists():
         model, card = bu.load_adapter(model, folder), json.loads((folder / "card.json").read_text())
         learned = pd.read_csv(folder / "curve.csv")
         if any(card.get(key) != value for key, value in TITLES.items()):
             sys.exit(f"{folder} was taught other lessons than TITLES; delete it to teach these")
-    elif name == "all_titles":
-        model = bu.load_adapter(model, ADAPTERS / "titles")
-        learned = pd.read_csv(ADAPTERS / "titles" / "curve.csv").assign(course=0)  # they are part of what it cost
+    elif start:
+        model = bu.load_adapter(model, ADAPTERS / start)
+        learned = pd.read_csv(ADAPTERS / start / "curve.csv").assign(course=0)  # they are part of what it cost
     elif not (bu.CACHE / "checkpoints" / "titles-1").exists():
         title_exam(dataset, model, tokenizer, cold, name, 0)
-    hidden = cold if name == "titles" else []
+    hidden = [] if start else cold
     seen = bx.without_ratings(dataset, hidden)
     z = bx.opinions(seen)
     for course in range(card["courses"] + 1, TITLE_COURSES[name] + 1):
-        seed = course - 1 + 100 * (name == "all_titles")
+        seed = course - 1 + 100 * bool(start)
         lessons = bx.title_lessons(seen, z, TITLES["moments"], TITLES["films"], unasked=hidden, seed=seed)
         options = {"batch_size": TITLES["films"], "lr": TITLES["lr"], "shuffle": False}
         options["folder"] = bu.CACHE / "checkpoints" / f"{name}-{course}"
@@ -276,7 +277,7 @@ def titles(name="titles"):
         learned = pd.concat([learned, curve.assign(course=course, seconds=curve.seconds + before)])
         title_exam(dataset, model, tokenizer, cold, name, int(learned.rows.sum()))
         what = "knows a collaborative model's opinion by titles; no rating was an answer"
-        card = {"what": what, "llm": model.name_or_path, "start": "titles" if name == "all_titles" else None}
+        card = {"what": what, "llm": model.name_or_path, "start": start}
         card |= TITLES | {"courses": course, "seconds": round(learned.seconds.iloc[-1])} | records.stamps()
         bu.save_adapter(model, folder, card, learned)
 

@@ -70,17 +70,16 @@ def title_states(model, tokenizer, titles, batch=64):
     return np.concatenate(states)
 
 
-def title_answers(dataset, rows, cold):
-    """{split: logit(Yes)} of rows about cold films, titles only, after lessons that left these films out.
+def title_answers(model, tokenizer, dataset, rows, cold):
+    """{split: logit(Yes)} of rows about cold films, titles only; model: after lessons that left these films out.
 
     No cold film is among the likes shown: for the prompts nobody ever liked one.
     """
-    splits = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
+    splits = {name: getattr(dataset, name) for name in bu.SPLITS}
     splits = {name: part.assign(label=part.label * ~part.item.isin(cold)) for name, part in splits.items()}
-    model, tokenizer = bu.load_llm()
-    model, answers = bx.load_shipped(model, "titles"), {}
+    nobody, answers = replace(dataset, **splits), {}
     for split, part in rows.items():
-        prompts = bu.build_prompts(replace(dataset, **splits), part, style="text")
+        prompts = bu.build_prompts(nobody, part, style="text")
         p, _ = results.score_in_parts(model, tokenizer, prompts, f"cold-{split}-{bu.digest(prompts)}")
         answers[split] = logit(p)
     return answers
@@ -151,20 +150,19 @@ def all_films(dataset, codes, seed):
     In a stack, plain or gated, and where codes leave a tie: 33 similarities order few rows. There a film's like rate,
     which needs no LLM, is the control.
     """
-    counts, rates, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), film_rates(dataset), []
+    counts, rates, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), film_rates(dataset), {}
     for split in ("valid", "test"):
         p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet")["title lessons"].dropna()
-        part = getattr(dataset, split).loc[p.index]
-        sides.append((part, codes.similarity(part), logit(p.to_numpy(np.float64)), counts[part.item]))
-        if split == "valid":
-            untied = ties_by(sides[0][1], p.to_numpy(np.float64), codes.bits)
-            note("valid", "all", "codes", seed, part, sides[0][1])
-            note("valid", "all", "codes, ties by LLM", seed, part, untied, ("codes", sides[0][1]))
-    (valid, *learn), (test, *ask) = sides
+        part, p = getattr(dataset, split).loc[p.index], p.to_numpy(np.float64)
+        sides[split] = part, codes.similarity(part), p, counts[part.item]
+    (valid, *learn), (test, *ask) = ((part, own, logit(p), count) for part, own, p, count in sides.values())
+    untied = {split: ties_by(own, p, codes.bits) for split, (_, own, p, _) in sides.items()}
+    note("valid", "all", "codes", seed, valid, learn[0])
+    note("valid", "all", "codes, ties by LLM", seed, valid, untied["valid"], ("codes", learn[0]))
     alone, titles, count = ask
     scores = {"LLM, titles only": titles, "codes + LLM": stacked(valid.label, learn[:2], ask[:2])}
     scores["codes + LLM, gated"] = stacked(valid.label, gated(*learn), gated(*ask))
-    scores["codes, ties by LLM"] = ties_by(alone, p.to_numpy(np.float64), codes.bits)
+    scores["codes, ties by LLM"] = untied["test"]
     scores["codes, ties by like rate"] = ties_by(alone, rates[test.item], codes.bits)
     for films, (low, high) in {"all": (0, np.inf), **BINS}.items():
         mine = (low <= count) & (count <= high)
@@ -187,11 +185,12 @@ def main():
     cold = bx.some_items(dataset)
     hidden = bx.without_ratings(dataset, cold)
     rows = {split: part[part.item.isin(cold)] for split, part in (("valid", dataset.valid), ("test", dataset.test))}
-    answers = title_answers(dataset, rows, cold)
     model, tokenizer = bu.load_llm()
     known, titles = bu.item_features(hidden), dataset.titles
     told = {"word vectors": word_vectors(titles), "title states": title_states(model, tokenizer, titles)}
-    told["title states after lessons"] = title_states(bx.load_shipped(model, "titles"), tokenizer, titles)
+    model = bx.load_shipped(model, "titles")
+    told["title states after lessons"] = title_states(model, tokenizer, titles)
+    answers = title_answers(model, tokenizer, dataset, rows, cold)
     features = {"genres and years": known}
     for name, vectors in told.items():
         parts = PCA(DIMENSIONS, whiten=True, random_state=0).fit_transform(vectors).astype(np.float32)

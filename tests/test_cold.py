@@ -35,8 +35,6 @@ def test_a_titles_state_is_its_own_whatever_stands_beside_it(llm):
 
 def test_no_cold_film_is_among_the_likes_shown(toy, monkeypatch):
     asked, films = [], bx.some_items(toy)
-    monkeypatch.setattr(bu, "load_llm", lambda *_, **__: ("model", "tokenizer"))
-    monkeypatch.setattr(bx, "load_shipped", lambda model, name: f"{model} {name}")
 
     def answered(model, _, prompts, key):
         assert model == "model titles"
@@ -45,7 +43,7 @@ def test_no_cold_film_is_among_the_likes_shown(toy, monkeypatch):
 
     monkeypatch.setattr(cold.results, "score_in_parts", answered)
     rows = {split: part[part.item.isin(films)] for split, part in (("valid", toy.valid), ("test", toy.test))}
-    answers = cold.title_answers(toy, rows, films)
+    answers = cold.title_answers("model titles", "tokenizer", toy, rows, films)
     for (split, part), prompts in zip(rows.items(), asked):
         assert np.allclose(answers[split], np.log(3)) and len(prompts) == len(part) > 5
         for prompt, item in zip(prompts, part.item):
@@ -121,7 +119,7 @@ def test_cold_films_are_compared_on_the_same_rows(toy, kept):
 
 
 def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_path):
-    """Answers that are the labels: a stack with them is right, in each bin; the bins hold every row once."""
+    """Answers that are the labels: a stack with them is right; a bin holds the rows of films rated so often."""
     for split in ("valid", "test"):
         part = getattr(toy, split)
         p = np.where(part.label == 1, 0.9, 0.1)
