@@ -3,9 +3,11 @@
 A fifth of the films is cold (`bx.some_items`): their ratings are hidden from all that learns and from the likes shown,
 and the valid and test rows about them say who was right. Then nothing is hidden, and the answers of the run `title
 lessons` of results.py stand beside the shipped codes. Stacks are fitted on valid. The file: cold.csv, a line a split,
-kind of film, method and seed, with the paired difference from `base` on the same rows; test is not printed.
+kind of film, method and seed, with the paired difference from `base` on the same rows; test is not printed. cold.txt
+names what the lines were made from: the same is not made again.
 """
 
+import hashlib
 import sys
 import tempfile
 import zipfile
@@ -179,9 +181,24 @@ def film_rates(dataset):
     return found.reindex(range(dataset.n_items)).fillna(mean).to_numpy()
 
 
+def made_from(dataset, version=1):
+    """Digest of all that decides the lines; raise `version` when this file makes other ones of the same."""
+    codes = [bu.cached_codes(dataset, 32, seed) for seed in SEEDS]
+    told = [records.read_answers(RECORDS / f"answers-patient-{split}.parquet") for split in ("valid", "test")]
+    told = [part["title lessons"].dropna().to_numpy() for part in told]
+    weights = bu.ROOT / "data" / "adapters" / "titles" / "adapter_model.safetensors"
+    words = [str(version), hashlib.sha256(weights.read_bytes()).hexdigest(), *dataset.titles]
+    return bu.digest(
+        words, dataset.train, dataset.valid, dataset.test, *told, *(side for c in codes for side in (c.users, c.items))
+    )
+
+
 def main():
     bu.quiet()
     dataset = bu.load_ml1m()
+    key, mark = made_from(dataset), RECORDS / "cold.txt"
+    if mark.exists() and mark.read_text() == key + "\n":
+        return print("cold films: there already")
     cold = bx.some_items(dataset)
     hidden = bx.without_ratings(dataset, cold)
     rows = {split: part[part.item.isin(cold)] for split, part in (("valid", dataset.valid), ("test", dataset.test))}
@@ -198,6 +215,7 @@ def main():
     for seed in SEEDS:
         cold_films(rows, answers, collaborative(hidden, features, seed), seed)
         all_films(dataset, bu.cached_codes(dataset, 32, seed), seed)
+    mark.write_text(key + "\n")
 
 
 if __name__ == "__main__":

@@ -133,3 +133,23 @@ def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_pat
     codes, counts = table.xs("codes", level="method"), np.bincount(toy.train.item)[toy.test.item]
     assert codes.rows["all"] == 100 and codes.rows["10-19"] == ((counts > 9) & (counts < 20)).sum() > 90
     assert codes.auc["all"] == pytest.approx(bu.auc(toy.test.label, toy_codes.similarity(toy.test)), abs=1e-4)
+
+
+def test_the_lines_kept_are_made_from_what_is_there_and_are_not_made_again(ml1m, monkeypatch, capsys):
+    assert (cold.RECORDS / "cold.txt").read_text().strip() == cold.made_from(ml1m)
+    monkeypatch.setattr(bu, "load_llm", lambda *_: pytest.fail("it began"))
+    cold.main()
+    assert "there already" in capsys.readouterr().out
+    assert cold.made_from(ml1m) != cold.made_from(ml1m, version=2)
+
+
+def test_other_answers_are_another_start(ml1m, kept, tmp_path):
+    def answered(p):
+        for split in ("valid", "test"):
+            part = getattr(ml1m, split)
+            cold.records.keep_answers(
+                tmp_path / f"answers-patient-{split}.parquet", "title lessons", part, np.full(len(part), p)
+            )
+        return cold.made_from(ml1m)
+
+    assert answered(0.25) == answered(0.25) != answered(0.75)

@@ -1,0 +1,92 @@
+"""Does an LLM that reads titles and codes rank other data better than counting? python scripts/verdict.py; an hour.
+
+MovieLens-100K, cut by time as in notebook 10, where most test users are new: codes, likes and counting all know what
+had been rated so far. The reader of titles and the reader of codes are asked as their lessons left them, and after
+tuning on ratings of this data. Whole runs are kept, so it goes on where it was stopped; test is not printed.
+
+The files, in data/results/ml-100k: answers-test.parquet, one number a row and method, all from 0 to 1; verdict.csv, a
+line a method: quality on those rows, and what it cost.
+"""
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import records
+import results
+
+import binllm_extras as bx
+import binllm_own as bo
+import binllm_serve as bs
+import binllm_utils as bu
+
+FOLDER = ROOT / "data" / "results" / "ml-100k"
+ROWS, TUNING_ROWS, LR = 1500, 512, 1e-4
+READERS = {"titles": ("text", "all_titles"), "titles and codes": (bx.BIT_BY_BIT, "pairs")}  # style, adapter
+
+
+def prompts_so_far(dataset, codes, rows, style):
+    """One prompt a row, with the likes and the code of its user just before it: a list of texts."""
+    titles = [dataset.titles[item] for item in rows.item]
+    likes = [[dataset.titles[item] for item in mine] for mine in bu.liked_before(dataset, rows)]
+    now, _ = bs.codes_before(dataset, codes, rows)
+    return bu.fill(*bu.prompt_fields(style, titles, likes, now, codes.items[rows.item]))
+
+
+def note(folder, rows, method, scores, **cost):
+    """Keep `scores`, from 0 to 1, and put one line into verdict.csv."""
+    records.keep_answers(folder / "answers-test.parquet", method, rows, scores)
+    row = {"method": method, "rows": len(rows)} | bu.evaluate(rows, scores)
+    row |= {name: cost.get(name) for name in ("tuning_rows", "tuning_seconds", "seconds_per_row", "made_from")}
+    records.put_row(folder / "verdict.csv", row, ["method"])
+    print(f"{method}: kept", flush=True)
+
+
+def without_llm(folder, dataset, codes, rows):
+    """What costs no LLM. Counting adds two rates and more; halved, the order is the same and no number is above 1."""
+    now, _ = bs.codes_before(dataset, codes, rows)
+    note(folder, rows, "counting", bu.popularity_baseline(dataset, rows) / 2)
+    note(folder, rows, "counting so far", bs.counting_before(dataset, rows) / 2)
+    note(folder, rows, "codes so far", bu.hamming_similarity(now, codes.items[rows.item]))
+
+
+def with_llm(folder, dataset, codes, rows, reader, tuning=None):
+    """One of READERS, as its lessons left it or, with the rows `tuning`, tuned on them."""
+    style, adapter = READERS[reader]
+    method = f"LLM, {reader}" + (", tuned" if tuning is not None else "")
+    asked, learned = prompts_so_far(dataset, codes, rows, style), []
+    if tuning is not None:
+        learned = prompts_so_far(dataset, codes, tuning, style)
+    weights = (bu.ROOT / "data" / "adapters" / adapter / "adapter_model.safetensors").read_bytes()
+    key = bu.digest([*asked, *learned, hashlib.sha256(weights).hexdigest(), str(LR)])
+    if records.has_row(folder / "verdict.csv", {"method": method, "made_from": key}):
+        return print(f"{method}: there already", flush=True)
+    model, tokenizer = bu.load_llm()
+    model, cost = bx.load_shipped(model, adapter), {"made_from": key}
+    checkpoint, parts = bu.CACHE / "checkpoints" / f"verdict-{key}", f"verdict-{key}"
+    if learned:
+        model, curve = bu.tune(model, tokenizer, learned, tuning.label, lr=LR, folder=checkpoint)
+        cost |= {"tuning_rows": len(tuning), "tuning_seconds": round(curve.seconds.iloc[-1], 1)}
+    p, seconds = results.score_in_parts(model, tokenizer, asked, parts, size=500)
+    note(folder, rows, method, p, seconds_per_row=round(seconds / len(rows), 4), **cost)
+    for done in (checkpoint, bu.CACHE / "answers" / parts):
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def main():
+    bu.quiet()
+    ratings, titles = bo.ml100k_files()
+    dataset = bo.read_interactions(ratings, titles=titles).split(name="ml-100k")
+    codes = bu.cached_codes(dataset, recipe="distinct")
+    rows, tuning = (bu.sample_rows(part, n) for part, n in ((dataset.test, ROWS), (dataset.train, TUNING_ROWS)))
+    without_llm(FOLDER, dataset, codes, rows)
+    for learned in (None, tuning):
+        for reader in READERS:
+            with_llm(FOLDER, dataset, codes, rows, reader, learned)
+
+
+if __name__ == "__main__":
+    main()
