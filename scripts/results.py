@@ -122,13 +122,16 @@ class Variant:
 
 
 TEXT = Variant("text", "text", 1e-3)
-VARIANTS = {  # the paper's four, from the pretrained LLM; then those that begin with lessons
+VARIANTS = {  # the paper's four, from the pretrained LLM; three at a lower rate; then those that begin with lessons
     variant.name: variant
     for variant in (
         TEXT,
         Variant("codes_only", "codes", 1e-3),
         Variant("one_step", "text+codes", 1e-3),
         Variant("two_step", "text+codes", 5e-4, first=TEXT),
+        Variant("text, lr 3e-4", "text", 3e-4),
+        Variant("codes_only, lr 3e-4", "codes", 3e-4),
+        Variant("one_step, lr 3e-4", "text+codes", 3e-4),
         Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
         Variant("bit lessons", bx.BIT_BY_BIT, None, start="pairs"),
@@ -166,6 +169,7 @@ RUNS = {
     "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),
     "text, history by row": Run("text", history="row", test=False),
+    **{f"{name}, lr 3e-4": Run(f"{name}, lr 3e-4", test=False) for name in ("text", "codes_only", "one_step")},
 }
 
 
