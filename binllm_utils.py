@@ -6,6 +6,7 @@ binllm_data.py (files, dataset) and binllm_llm.py (loading, scoring, tuning) are
 is `bu.…` to a notebook. What goes beyond the paper is in binllm_extras.py.
 """
 
+import math
 import os
 import string
 import time
@@ -129,13 +130,13 @@ def start(notebook):
     quiet()
     mpl.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
     mpl.rcParams.update({"axes.prop_cycle": mpl.cycler(color=COLORS), "font.size": 10, "figure.autolayout": True})
-    profile, cost = current_profile(), "not measured yet"
+    profile, cost = current_profile(), ""
     table = ROOT / "data" / "results" / "runtimes.csv"
     if table.exists():
         runs = pd.read_csv(table)
         for run in runs[(runs.notebook == notebook) & (runs.profile == profile.name)].tail(1).itertuples():
-            cost = f"{run.minutes:.1f} min and {run.peak_gb:.1f} GB when last measured ({run.hardware})"
-    print(f"profile {profile.name}: {profile.tune_rows:,} tuning rows, {profile.eval_rows:,} scored rows; {cost}")
+            cost = f"; about {math.ceil(run.minutes)} min and {math.ceil(run.peak_gb)} GB ({run.hardware})"
+    print(f"profile {profile.name}: {profile.tune_rows:,} tuning rows, {profile.eval_rows:,} scored rows{cost}")
     return profile
 
 

@@ -36,6 +36,13 @@ METHODS = {
     ("llm", "text, lr 3e-4"): "LLM, titles only, rate 3e-4 in place of 1e-3",
     ("llm", "codes_only, lr 3e-4"): "LLM, codes only, rate 3e-4",
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
+    ("llm", "literate text"): "LLM that was taught to read codes, titles only",
+    ("llm", "literate codes_only"): "LLM that was taught to read codes, codes only",
+    ("llm", "literate one_step"): "LLM that was taught to read codes, titles + codes, one step",
+    ("llm", "literate two_step"): "LLM that was taught to read codes, titles + codes, two steps",
+    ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
+    ("llm", "pairs long"): "LLM, titles + codes bit by bit, taught by made-up codes",
+    ("llm", "pairs long, codes so far"): "the same, codes that keep up",
     ("llm", "bit lessons, float32"): "LLM, titles + codes bit by bit, taught by made-up codes",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
@@ -56,6 +63,31 @@ WHAT = {  # bench.csv
     "qlora": "4-bit tuning of a 7B model on a GPU",
     "qlora_memory": "memory of that",
     "qlora_roofline": "speed of that against the machine's products",
+}
+
+
+RECORDED = {  # records that are shown whole: their title, and what to know
+    "ml-100k/verdict": (
+        "Another data set: MovieLens-100K, its latest tenth",
+        "By `scripts/verdict.py`, on weights in four bits: see notebook 10. Seconds are of tuning, and of one answer.",
+    ),
+    "runs": (
+        "How each LLM was tuned and asked",
+        "Seconds are of different days and machines, and tuning in two steps counts both; they are no comparison.",
+    ),
+    "ml-1m-past/runs": (
+        "The same, with codes of the whole past",
+        "Lessons with made-up codes, no rating as an answer.",
+    ),
+    "drills": (
+        "Drills: what was tried and lost",
+        "By `make fuzz`: input of every kind, and runs that were killed, starved or given company.",
+    ),
+    "soak_runs": (
+        "`make run` several times in a row",
+        "By `benchmarks/soak.py runs`, on an earlier state of the notebooks; the tests compare these cells' output.",
+    ),
+    "runtimes": ("Run times of the notebooks", "By `make release`, each on the machine that it names."),
 }
 
 
@@ -115,31 +147,26 @@ def results_page(folder):
     parts += [
         "± is the standard deviation over seeds; intervals are over users (bootstrap), with several seeds their mean."
     ]
-    for (data, split, size, profile), rows in metrics.groupby(["dataset", "split", "rows", "profile"], sort=False):
+    parts += ["LLM rows are of weights in four bits (NF4) where the name says nothing else."]
+    groups = list(metrics.groupby(["dataset", "split", "rows", "profile"], sort=False))
+    for (data, split, size, profile), rows in sorted(groups, key=lambda group: group[0][3] == "first edition"):
         learned = ", learned from the whole past" if data == "ml-1m-past" else ""
         parts += [f"## {size:,} {split} rows, profile {profile}{learned}", results_table(rows)]
+        if profile == "first edition":
+            parts += ["Codes by descent; LLMs on plain weights (float32) that were taught to read codes beforehand."]
         parts += [f"Made on {' and '.join(sorted(set(rows.hardware)))}; {rows.users.iloc[0]} users count for UAUC."]
-    drills = folder / "drills.csv"
-    if drills.exists():
-        table = pd.read_csv(drills)[["drill", "tried", "survived", "lost"]]
-        parts += ["## Drills: what was tried and lost", markdown(list(table.columns), table.to_numpy().tolist())]
-        parts += ["By `make fuzz`: input of every kind, and runs that were killed, starved or given company."]
-    soak = folder / "soak_runs.csv"
-    if soak.exists():
-        table = pd.read_csv(soak).drop(columns=["hardware", "versions", "commit"], errors="ignore")
-        parts += ["## `make run` several times in a row", markdown(list(table.columns), table.to_numpy().tolist())]
-        parts += ["By `benchmarks/soak.py runs`; the cells are those whose output the tests compare."]
     if (folder / "cold.csv").exists():
         parts += ["## What titles add, by how often a film was rated in training", cold_table(folder / "cold.csv")]
         parts += ["By `scripts/cold.py`; *more*: paired difference from `base`, interval over users, means of seeds."]
         parts += ["Cold: a fifth of the films, whose ratings were hidden from all that learned."]
-    tables = {"runs": "How each LLM was tuned and asked", "ml-1m-past/runs": "The same, with codes of the whole past"}
-    for name, title in (tables | {"runtimes": "Run times of the notebooks"}).items():
+    for name, (title, note) in RECORDED.items():
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv").drop(
                 columns=["made_from", "versions", "commit"], errors="ignore"
             )
-            parts += [f"## {title}", markdown(list(table.columns), table.astype(object).fillna("").to_numpy().tolist())]
+            table = table.sort_values("notebook") if "notebook" in table else table
+            cells = table.astype(object).fillna("").to_numpy().tolist()
+            parts += [f"## {title}", markdown(list(table.columns), cells), note]
     columns = ["source", "where", "system", "llm", "run", "auc", "uauc"]
     published = records.read_table(ROOT / "data" / "published.csv", columns, ["auc", "uauc"])
     parts += [

@@ -185,7 +185,7 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     done = folder.exists()
     if variant.first and not done:
         first = Run(variant.first.name, nf4=run.nf4, history=run.history)
-        model, tokenizer, _ = tuned_llm(dataset, codes, profile, first, seed)
+        model, tokenizer, before = tuned_llm(dataset, codes, profile, first, seed)
     else:
         model, tokenizer = bu.load_llm(profile.llm, nf4=run.nf4, layers=profile.layers)
     if done:
@@ -200,6 +200,8 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     kept = bu.CACHE / "checkpoints" / folder.name
     options = {"lora": profile.lora, "lr": variant.lr, "seed": seed, "folder": kept}
     model, curve = bu.tune(model, tokenizer, prompts, rows.label, **options)
+    if variant.first:
+        curve["seconds"] += before.seconds.iloc[-1]  # both steps count
     card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1)} | records.stamps()
     bu.save_adapter(model, folder, card, curve)
     shutil.rmtree(kept)

@@ -107,7 +107,7 @@ def test_what_the_readme_says_of_titles_is_in_the_records():
     assert f"{said[0]} to {said[1]}" in text and ours["auc"] >= printed["auc"] and ours["uauc"] >= printed["uauc"]
     cold = pd.read_csv(bu.ROOT / "data/results/cold.csv")
     ties = cold[(cold.split == "valid") & (cold.films == "all") & (cold.method == "codes, ties by LLM")]
-    assert len(ties) == 3 and "beside codes it adds nothing that valid can see" in text
+    assert len(ties) == 3 and "beside codes it adds nothing that the validation months can show" in text
     assert (ties.auc_more_lo < 0).all() and (ties.uauc_more_lo < 0).all()
 
 

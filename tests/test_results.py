@@ -70,14 +70,23 @@ def test_another_data_set_takes_no_place_of_the_firsts(small, toy):
     assert len(made) == 2
 
 
-def test_two_steps_begin_with_the_first_one_tuned_before(small):
-    toy, _, tuned, _ = small
+def test_two_steps_begin_with_the_first_one_tuned_before(small, monkeypatch):
+    toy, _, tuned, folder = small
+    noted = bu.tune
+
+    def five_seconds(*args, **options):
+        model, curve = noted(*args, **options)
+        return model, curve.assign(seconds=5.0)
+
+    monkeypatch.setattr(bu, "tune", five_seconds)
     results.answer("text", 0, toy, SMOKE)
     results.answer("two_step", 0, toy, SMOKE)
     assert len(tuned) == 2  # the first step is read from the cache
     assert "Leverage" in tuned[0][0][0] and "Additionally" in tuned[1][0][0]
     one = results.card_of(toy, None, SMOKE, results.Run("text"), results.TEXT, 0)
     assert one != results.card_of(toy, None, SMOKE, results.Run("text", history="row"), results.TEXT, 0)
+    seconds = pd.read_csv(folder / "runs.csv").set_index("run").tuning_seconds
+    assert seconds["text"] == 5 and seconds["two_step"] == 10  # both of its steps
 
 
 def test_history_by_row_is_asked_about_on_valid_only(small):
