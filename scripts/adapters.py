@@ -179,17 +179,17 @@ def try_codes():
         print(f"{bits} bits, seed {seed}: AUC {row['auc']}, UAUC {row['uauc']}", flush=True)
 
 
-def unseen_rows(dataset, bits=32, seed=0):
-    """(rows, codes): the last third of the training split, by time, and codes learned from the two thirds before it.
+def cut_earlier(dataset):
+    """`Dataset` of the training split alone: its last third, by time, is test, and what is before it train and valid.
 
     Codes agree with the rows that they were learned from better than with any others: whoever is tuned on those learns
-    to trust the codes too much, and that nothing else counts. With these it is as on valid and test.
+    to trust the codes too much, and that nothing else counts. With codes learned here, test is as unseen as
+    the real one.
     """
     when, train = dataset.train.timestamp, dataset.train
     stop, cut = (when.quantile(share, interpolation="lower") for share in (0.6, 2 / 3))
     early, watched, late = train[when < stop], train[(when >= stop) & (when < cut)], train[when >= cut]
-    codes, _ = bx.fit_descent(bu.Dataset(early, watched, late, dataset.titles, dataset.name, dataset.tags), bits, seed)
-    return late, codes
+    return bu.Dataset(early, watched, late, dataset.titles, f"{dataset.name}-earlier", dataset.tags)
 
 
 def long():
@@ -201,7 +201,8 @@ def long():
     UAUC there is the one kept.
     """
     dataset = bu.load_ml1m()
-    codes, (rows, codes_then) = descent(dataset, *LONG_CODES), unseen_rows(dataset, *LONG_CODES)
+    codes, then = descent(dataset, *LONG_CODES), cut_earlier(dataset)
+    rows, (codes_then, _) = then.test, bx.fit_descent(then, *LONG_CODES)
     valid, order = bu.sample_rows(dataset.valid, 500, seed=1), rows.sample(frac=1, random_state=0)
     asked = bu.build_prompts(dataset, valid, codes, bx.BIT_BY_BIT)
     similarity = codes.similarity(valid)

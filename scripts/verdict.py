@@ -2,7 +2,8 @@
 
 MovieLens-100K, cut by time as in notebook 10, where most test users are new: codes, likes and counting all know what
 had been rated so far. The reader of titles and the reader of codes are asked as their lessons left them, and after
-tuning on ratings of this data. Whole runs are kept, so it goes on where it was stopped; test is not printed.
+tuning on ratings of this data, beside codes that were not learned from these (`adapters.cut_earlier`). Whole runs are
+kept, so it goes on where it was stopped; test is not printed.
 
 The files, in data/results/ml-100k: answers-test.parquet, one number a row and method, all from 0 to 1; verdict.csv, a
 line a method: quality on those rows, and what it cost.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import adapters
 import records
 import results
 
@@ -54,22 +56,22 @@ def without_llm(folder, dataset, codes, rows):
 
 
 def with_llm(folder, dataset, codes, rows, reader, tuning=None):
-    """One of READERS, as its lessons left it or, with the rows `tuning`, tuned on them."""
+    """One of READERS, as its lessons left it or tuned; tuning: (data set, codes, rows) to tune it on."""
     style, adapter = READERS[reader]
-    method = f"LLM, {reader}" + (", tuned" if tuning is not None else "")
-    asked, learned = prompts_so_far(dataset, codes, rows, style), []
-    if tuning is not None:
-        learned = prompts_so_far(dataset, codes, tuning, style)
+    method, learned = f"LLM, {reader}", []
+    if tuning:
+        method, learned = f"{method}, tuned", prompts_so_far(*tuning, style)
+    asked = prompts_so_far(dataset, codes, rows, style)
     weights = (bu.ROOT / "data" / "adapters" / adapter / "adapter_model.safetensors").read_bytes()
     key = bu.digest([*asked, *learned, hashlib.sha256(weights).hexdigest(), str(LR)])
     if records.has_row(folder / "verdict.csv", {"method": method, "made_from": key}):
         return print(f"{method}: there already", flush=True)
-    model, tokenizer = bu.load_llm()
-    model, cost = bx.load_shipped(model, adapter), {"made_from": key}
+    model, tokenizer = bu.load_llm(bu.SMOLLM2)
+    model, cost = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / adapter), {"made_from": key}
     checkpoint, parts = bu.CACHE / "checkpoints" / f"verdict-{key}", f"verdict-{key}"
     if learned:
-        model, curve = bu.tune(model, tokenizer, learned, tuning.label, lr=LR, folder=checkpoint)
-        cost |= {"tuning_rows": len(tuning), "tuning_seconds": round(curve.seconds.iloc[-1], 1)}
+        model, curve = bu.tune(model, tokenizer, learned, tuning[-1].label, lr=LR, folder=checkpoint)
+        cost |= {"tuning_rows": len(learned), "tuning_seconds": round(curve.seconds.iloc[-1], 1)}
     p, seconds = results.score_in_parts(model, tokenizer, asked, parts, size=500)
     note(folder, rows, method, p, seconds_per_row=round(seconds / len(rows), 4), **cost)
     for done in (checkpoint, bu.CACHE / "answers" / parts):
@@ -80,12 +82,13 @@ def main():
     bu.quiet()
     ratings, titles = bo.ml100k_files()
     dataset = bo.read_interactions(ratings, titles=titles).split(name="ml-100k")
-    codes = bu.cached_codes(dataset, recipe="distinct")
-    rows, tuning = (bu.sample_rows(part, n) for part, n in ((dataset.test, ROWS), (dataset.train, TUNING_ROWS)))
+    codes, rows = bu.cached_codes(dataset, recipe="distinct"), bu.sample_rows(dataset.test, ROWS)
+    then = adapters.cut_earlier(dataset)
+    tuning = then, bu.cached_codes(then, recipe="distinct"), bu.sample_rows(then.test, TUNING_ROWS)
     without_llm(FOLDER, dataset, codes, rows)
-    for learned in (None, tuning):
+    for learn in (None, tuning):
         for reader in READERS:
-            with_llm(FOLDER, dataset, codes, rows, reader, learned)
+            with_llm(FOLDER, dataset, codes, rows, reader, learn)
 
 
 if __name__ == "__main__":

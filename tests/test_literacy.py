@@ -174,14 +174,15 @@ def test_the_long_run_reads_the_codes_that_did_best_on_valid():
 
 def test_unseen_rows_come_after_all_that_their_codes_were_learned_from(toy):
     """Other labels in these rows must leave the codes as they are; other labels before them must not."""
-    rows, codes = adapters.unseen_rows(toy)
+    then = adapters.cut_earlier(toy)
+    rows, codes = then.test, adapters.bx.fit_descent(then, 16)[0]
     assert (
         abs(len(rows) - len(toy.train) / 3) < 10 and rows.timestamp.min() > toy.train.drop(rows.index).timestamp.max()
     )
     late = toy.train.index.isin(rows.index)
     for changed, same in ((late, True), (~late, False)):
         train = toy.train.assign(label=toy.train.label.where(~changed, 1 - toy.train.label))
-        others = adapters.unseen_rows(replace(toy, train=train))[1]
+        others, _ = adapters.bx.fit_descent(adapters.cut_earlier(replace(toy, train=train)), 16)
         assert (np.array_equal(others.users, codes.users) and np.array_equal(others.items, codes.items)) == same
 
 
@@ -209,7 +210,8 @@ def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_smal
 
 
 def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, monkeypatch):
-    rows, codes = adapters.unseen_rows(toy, *adapters.LONG_CODES)
+    then = adapters.cut_earlier(toy)
+    rows, codes = then.test, adapters.bx.fit_descent(then, *adapters.LONG_CODES)[0]
     monkeypatch.setattr(adapters, "CHAPTER", -(-len(rows) // 3))
     monkeypatch.setattr(adapters, "PATIENCE", 3)
     seen, tune = [], bu.tune

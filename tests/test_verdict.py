@@ -27,9 +27,9 @@ def asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bu, "ROOT", tmp_path)
     monkeypatch.setattr(bu, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(bu, "load_llm", lambda: ("model", "tokenizer"))
+    monkeypatch.setattr(bu, "load_llm", lambda name: (name, "tokenizer"))
     monkeypatch.setattr(bu, "tune", tune)
-    monkeypatch.setattr(verdict.bx, "load_shipped", lambda model, name: f"{model} after {name}")
+    monkeypatch.setattr(bu, "load_adapter", lambda model, folder: f"{model} after {folder.name}")
     monkeypatch.setattr(verdict.results, "score_in_parts", score)
     for name in ("pairs", "all_titles"):
         weights = tmp_path / "data" / "adapters" / name / "adapter_model.safetensors"
@@ -55,16 +55,18 @@ def test_a_prompt_knows_what_was_rated_before_its_row_and_no_more(toy, toy_codes
 
 
 def test_each_reader_is_asked_once_as_it_was_left_and_once_tuned(toy, toy_codes, asked, tmp_path):
-    rows, tuning = toy.test, toy.train.head(8)
+    rows, then, tuned_on = toy.test, verdict.adapters.cut_earlier(toy), toy.train.tail(8)
+    other = bu.Codes(1 - toy_codes.users, toy_codes.items)
     for _ in range(2):  # the second time all is there already
-        for learned in (None, tuning):
+        for learned in (None, (then, other, tuned_on)):
             for reader in verdict.READERS:
                 verdict.with_llm(tmp_path, toy, toy_codes, rows, reader, learned)
-    models = ["model after all_titles", "model after pairs"]
+    models = [f"{bu.SMOLLM2} after {name}" for name in ("all_titles", "pairs")]
     assert [step[0] for step in asked] == [*models, "tuned", models[0], "tuned", models[1]]
     titles, codes, tuned = asked[0][1], asked[1][1], asked[2]
     assert all("alike?" in prompt for prompt in codes) and not any("alike?" in prompt for prompt in titles)
-    assert asked[3][1] == titles and tuned[2] == list(tuning.label) and tuned[3] == {"lr": verdict.LR}
+    assert asked[3][1] == titles and tuned[2] == list(tuned_on.label) and tuned[3] == {"lr": verdict.LR}
+    assert asked[4][1] == verdict.prompts_so_far(then, other, tuned_on, verdict.bx.BIT_BY_BIT)  # the codes of then
     table = pd.read_csv(tmp_path / "verdict.csv").set_index("method")
     assert table.tuning_rows.fillna(0).tolist() == [0, 0, 8, 8] and (table.seconds_per_row == 2).all()
     assert not any((tmp_path / "cache" / "checkpoints").iterdir())
