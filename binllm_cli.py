@@ -95,10 +95,12 @@ def read(asked):
     return found.split(like=asked.like, name=name), found.users, found.items, found.report
 
 
-def write_codes(path, codes, users, items):
-    """Keep codes with the ids that they belong to."""
+def write_codes(path, codes, users, items, dataset):
+    """Keep codes with the ids that they belong to, and the digest of what they were learned from."""
     with bu.replacing(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, users=codes.users, items=codes.items, user_ids=users, item_ids=items)
+        made_from = bu.digest(dataset.train)
+        ids = {"user_ids": users, "item_ids": items}
+        np.savez_compressed(file, users=codes.users, items=codes.items, made_from=made_from, **ids)
 
 
 def holds_codes(path):
@@ -110,13 +112,17 @@ def holds_codes(path):
         return False
 
 
-def read_codes(path, users, items):
-    """The `Codes` that `write_codes` kept, put in the order of these ids; raises ValueError where one has no code."""
+def read_codes(path, users, items, dataset):
+    """The `Codes` that `write_codes` kept, put in the order of these ids; raises ValueError where one has no code.
+
+    Says so where they were learned from other rows: of a longer file that is fine, of another data set it is not.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path} is not there; make it with the command codes")
     try:
         with np.load(path, allow_pickle=False) as kept:
             sides = [(kept[f"{side}s"], kept[f"{side}_ids"].tolist()) for side in ("user", "item")]
+            known = str(kept["made_from"]) == bu.digest(dataset.train)
         tables = bu.Codes(*(table for table, _ in sides))
         if any(len(table) != len(ids) for table, (_, ids) in zip((tables.users, tables.items), sides)):
             raise ValueError("not a code for each id")
@@ -127,12 +133,14 @@ def read_codes(path, users, items):
         if (place < 0).any():
             lacking = ids[int(np.argmax(place < 0))]
             raise ValueError(f"{path} lacks codes of {(place < 0).sum()} {what}, such as {lacking!r}; make them again")
+    if not known:
+        print(f"{path} was learned from other rows than these; if that was another data set, make them again")
     return bu.Codes(tables.users[places[0]], tables.items[places[1]])
 
 
 def codes_for(asked, dataset, users, items):
     """The codes asked for, or new ones."""
-    return read_codes(asked.codes, users, items) if asked.codes else bu.cached_codes(dataset, recipe=RECIPE)
+    return read_codes(asked.codes, users, items, dataset) if asked.codes else bu.cached_codes(dataset, recipe=RECIPE)
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -150,6 +158,7 @@ def try_out(asked):
     scores["codes"], (now, _) = codes.similarity(rows), bs.codes_before(dataset, codes, rows)
     scores["codes so far"] = bu.hamming_similarity(now, codes.items[rows.item])
     table, sentence = bo.verdict(dataset.test, scores)
+    table = table.astype(object).where(table.notna(), None)  # JSON has no NaN
     return {"report": report, "table": table.to_dict("index"), "verdict": sentence.splitlines()}
 
 
@@ -159,7 +168,7 @@ def make_codes(asked):
         raise ValueError(f"{asked.out} is there and holds no codes; choose another name for --out")
     dataset, users, items, _ = read(asked)
     codes, curve = bu.fit_codes(dataset, asked.bits, recipe=asked.recipe)
-    write_codes(asked.out, codes, users, items)
+    write_codes(asked.out, codes, users, items, dataset)
     quality = round(bu.auc(dataset.test.label, codes.similarity(dataset.test)), 4)
     return {"codes": asked.out, "users": len(users), "items": len(items), "epochs": len(curve), "test AUC": quality}
 
@@ -250,5 +259,5 @@ def main(arguments=None):
         print("stopped", file=sys.stderr)
         return 130
     if first():
-        print(json.dumps(answer, indent=2))
+        print(json.dumps(answer, indent=2, allow_nan=False))
     return 0

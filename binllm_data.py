@@ -35,7 +35,10 @@ SPLITS = ("train", "valid", "test")
 
 
 def digest(*things):
-    """Twelve hex digits that change when any of `things` does: DataFrames, arrays, or values that JSON can hold."""
+    """Twelve hex digits that change when any of `things` does: DataFrames, arrays, or values that JSON can hold.
+
+    Arrays and DataFrames that follow one another are read as one: where a row may pass between them, give lengths too.
+    """
     total = hashlib.sha256()
     for thing in things:
         if isinstance(thing, pd.DataFrame):
@@ -66,11 +69,21 @@ def replacing(path):
         yield workspace / path.name
         _put(workspace / path.name, path)
     except (OSError, SafetensorError) as error:
+        if not _is_about(error, path):
+            raise
         kept = "; the one before is kept" if path.exists() else ""
         raise OSError(f"cannot write {path} ({error}){kept}; make room and run again") from error
     finally:
         if workspace:
             shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _is_about(error, path):
+    """Whether an error comes of writing `path`, and not of something that the block reads or asks for meanwhile."""
+    if isinstance(error, SafetensorError):
+        return True
+    name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else path
+    return error.errno is not None and (path.parent in name.parents or name in path.parents)
 
 
 def _put(new, path):
@@ -329,6 +342,9 @@ def _seconds(times):
     if not pd.api.types.is_integer_dtype(times):
         raise ValueError(f"timestamps are {times.dtype}; give whole numbers or datetime64")
     numbers = times.to_numpy(np.int64)
+    missing = numbers == np.iinfo(np.int64).min  # what becomes of NaT when datetime64 is cast to whole numbers
+    if missing.any():
+        raise ValueError(f"row {times.index[missing.argmax()]}: no timestamp; fill it in or drop the row")
     usual = np.abs(np.median(numbers)) if len(numbers) else 0
     unit = next((unit for unit in (1, 10**3, 10**6) if usual < 10**11 * unit), 10**9)  # 10^11 s: the year 5138
     seconds = numbers // unit
@@ -485,7 +501,8 @@ def _ids(rows, column, count=None, what=""):
 def liked_before(dataset, rows, last=10, same_second=False):
     """For each row, the ids of the last items its user liked strictly before the row's timestamp, oldest first.
 
-    Likes of all three splits count, whatever split the row is from: what is known at that moment, and no more.
+    Likes of all three splits count, whatever split the row is from: what is known at that moment, and no more. An item
+    that was liked once stays a like, whatever a later rating says.
     same_second=True also counts likes of the row's own second that stand before it, in the order of item ids.
     Returns a list of `len(rows)` integer arrays of at most `last` ids.
     """

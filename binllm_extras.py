@@ -471,10 +471,15 @@ def title_lessons(dataset, z, moments, films=32, unasked=(), seed=0):
 
 
 def load_shipped(model, name):
-    """`model` with the adapter data/adapters/`name`; as it is, and a line says so, if that is for another LLM."""
+    """`model` with the adapter data/adapters/`name`; as it is, and a line says so, if that is for another LLM.
+
+    Raises ValueError for an adapter that cannot be read. Where answers are recorded, `bu.load_adapter` refuses both.
+    """
     _check_bare(model)
     try:
         return bu.load_adapter(model, bu.ROOT / "data" / "adapters" / name)
     except ValueError as error:
+        if "was tuned on" not in str(error):
+            raise
         print(f"no adapter {name!r} for this LLM, it answers as it is: {error}")
         return model

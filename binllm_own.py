@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -37,7 +38,8 @@ MAGIC = {
     b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
 }
 NO_TIME = np.iinfo(np.int64).min
-DATE = r"^(?!\d{4}).*?(?<![\d/.:-])(\d{1,2})([-/. ])(\d{1,2})\2(?:\d{4}|\d{2})(?![\d:])"  # 31/12/2000, "Sun 31.12.00"
+DATE = r"^(?!\d{4}).*?(?<![\d/.:-])(\d{1,2})([-/. ])(\d{1,2})\2(\d{4}|\d{2})(?![\d:])"  # 31/12/2000, "Sun 31.12.00"
+MISSING = ("NULL", "null", "NaN", "nan", "None", "<NA>", "\\N")  # what programs write for an id that is not there
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
@@ -64,7 +66,8 @@ class Interactions:
         """`Dataset`: the latest share `test` of the rows, before them `valid`, and train.
 
         like: the least value that counts as liked; None takes four fifths of the highest, or 1 where there are 0 and 1.
-        Rows of one time stay together. Without times, each user's last rows are taken, in the file's order.
+        Rows of one time stay together. Without times, the last share of each user's rows is taken, in the file's order:
+        of a user with few rows the last one, so that test is larger and valid smaller than asked for.
         Raises ValueError where a part would be empty or have likes or dislikes only.
         """
         value, highest = self.rows.value.to_numpy(), float(self.rows.value.max())
@@ -196,12 +199,13 @@ class _Source:
         try:
             self.head = codecs.getincrementaldecoder(self.encoding)().decode(head)
             with self.path.open(encoding=self.encoding) as file:
-                for line in file:  # the whole of it, before a row is taken
-                    del line
+                self.lines = sum(1 for _ in file)  # the whole of it is read, before a row is taken
         except UnicodeDecodeError:
             self.encoding = "cp1252"
             self.head = head.decode("cp1252", errors="replace")
             self.repairs["not UTF-8, read as Windows-1252"] = "yes"
+            with self.path.open(encoding=self.encoding, errors="replace") as file:
+                self.lines = sum(1 for _ in file)
 
     def _read_head(self):
         lines = self.head.splitlines()
@@ -269,6 +273,8 @@ class _Source:
                 for frame in frames:
                     yield line, frame[wanted].reset_index(drop=True)
                     line += len(frame)
+            if line <= self.lines:  # two rows that each begin a cell with a quotation mark swallow all between them
+                self.repairs["lines that stand inside quotation marks, read as part of a cell"] = self.lines - line + 1
         except pd.errors.EmptyDataError:
             return
         except (pd.errors.ParserError, pd.errors.ParserWarning, csv.Error, ValueError) as error:
@@ -311,7 +317,10 @@ class _Reading:
     def __init__(self, path, columns, dayfirst):
         self.path, self.columns, self.dayfirst = path, columns, dayfirst
         self.ids, self.title_of, self.parts, self.left_out = {"user": {}, "item": {}}, {}, [], 0
-        self.count = {}
+        self.count, self.zones = {}, set()
+
+    def add(self, what, number=1):
+        self.count[what] = self.count.get(what, 0) + int(number)
 
     def line(self, first, at):
         return f"{self.path}, line {first + int(at)}"
@@ -319,7 +328,7 @@ class _Reading:
     def take(self, first, frame):
         cells = {role: frame[name] for role, name in self.columns.items()}
         value = self.values(first, cells["rating"])
-        if _plain(self.columns["rating"]) == "myrating":  # Goodreads writes 0 for a book without a rating
+        if _plain(self.columns["rating"]) in ("myrating", "bookrating"):  # Goodreads, Book-Crossing: 0 is no rating
             value = np.where(value == 0, np.nan, value)
         ids = {role: self.identified(first, role, cells[role]) for role in ("user", "item") if role in cells}
         ids.setdefault("user", pd.Series("me", index=frame.index))
@@ -349,9 +358,11 @@ class _Reading:
                     "as large run together; write them as whole numbers or texts"
                 )
         elif not pd.api.types.is_numeric_dtype(cells):
+            missing = texts.isin(MISSING)
+            self.add("ids such as NULL or nan, taken as missing", missing.sum())
+            texts = texts.mask(missing, "")
             blank = [name for name in pd.unique(cells) if isinstance(name, str) and name != name.strip()]
-            what = "ids with blanks around them, cut"
-            self.count[what] = self.count.get(what, 0) + int(cells.isin(blank).sum())
+            self.add("ids with blanks around them, cut", cells.isin(blank).sum())
         return texts
 
     def numbered(self, role, texts):
@@ -385,7 +396,7 @@ class _Reading:
                 value[at], what = WORDS[text.lower()], "ratings written as words"
             else:
                 raise ValueError(f"{self.line(first, at)}: the rating is {text[:40]!r}; give a number")
-            self.count[what] = self.count.get(what, 0) + 1
+            self.add(what)
         return value
 
     def times(self, first, cells):
@@ -395,15 +406,23 @@ class _Reading:
         texts = _texts(cells)
         none = (texts == "").to_numpy()
         number = pd.to_numeric(texts.where(~none, "0"), errors="coerce")
-        if number.notna().all() and not texts[~none].str.fullmatch(r"(19|20)\d{6}").any():  # 20200102 is a date
-            far = (number.abs() > 9e18).to_numpy()
-            if far.any():
-                raise ValueError(f"{self.line(first, far.argmax())}: the time is {texts.iloc[far.argmax()][:40]!r}")
+        # 20200102 and 20200102030405 are dates
+        if number.notna().all() and not texts[~none].str.fullmatch(r"(19|20)\d{6}(\d{6})?").any():
+            odd = (number.abs() > 9e18) | ((number % 1 != 0) & (number.abs() < 1e6))  # or days of a spreadsheet
+            if odd.any():
+                raise ValueError(
+                    f"{self.line(first, odd.argmax())}: the time is {texts.iloc[odd.argmax()][:40]!r}; give a date, or "
+                    "seconds since 1970"
+                )
             return np.where(none, NO_TIME, number.astype(np.int64))
         self.order_of_dates(first, texts)
-        stamps = pd.to_datetime(
-            texts.where(~none), format="mixed", utc=True, errors="coerce", dayfirst=bool(self.dayfirst)
+        read = partial(pd.to_datetime, format="mixed", utc=True, errors="coerce")
+        year_first = texts.str.match(r"\d{4}")  # then the month comes next, whatever other dates begin with
+        stamps = read(texts.where(year_first)).fillna(
+            read(texts.where(~none & ~year_first), dayfirst=bool(self.dayfirst))
         )
+        zoned = texts.str.contains(r"\d(?:Z|[+-]\d\d:?\d\d)$").to_numpy()
+        self.zones |= {kind for kind, mine in (("with", zoned), ("without", ~zoned & ~none)) if mine.any()}
         return self.stamps(first, stamps, none, texts)
 
     def stamps(self, first, stamps, none, texts=None):
@@ -415,7 +434,14 @@ class _Reading:
 
     def order_of_dates(self, first, texts):
         """Find out whether dates such as 31/12/2000 begin with the day; the whole file must agree."""
-        parts = texts.str.extract(DATE)[[0, 2]].astype(float)
+        parts = texts.str.extract(DATE)
+        short = ((parts[1] == "-") & (parts[3].str.len() == 2)).to_numpy()
+        if short.any():
+            raise ValueError(
+                f"{self.line(first, short.argmax())}: {texts.iloc[short.argmax()][:40]!r} may begin with the year or "
+                "end in it; write years in four digits"
+            )
+        parts = parts[[0, 2]].astype(float)
         days, months = (parts[0] > 12).to_numpy(), (parts[2] > 12).to_numpy()
         if self.dayfirst is None and parts[0].notna().any():
             if days.any() == months.any():
@@ -452,6 +478,8 @@ class _Reading:
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from None
             rows = rows.sort_values("time", kind="stable")
+            if len(self.zones) == 2:
+                report["times with and without a zone"] = "those without are taken as UTC"
         else:
             report["times"] = "none that differ: the file's order is taken for time, user by user"
             rows["time"] = NO_TIME
@@ -499,7 +527,9 @@ def _texts(cells):
     """Cells as stripped texts; missing ones empty, whole numbers without a point."""
     if pd.api.types.is_float_dtype(cells):
         cells = cells.map(lambda x: "" if pd.isna(x) else str(int(x)) if float(x).is_integer() else repr(float(x)))
-    return cells.astype(object).where(cells.notna(), "").map(str).str.strip()
+    cells = cells.astype(object).where(cells.notna(), "")
+    # in a JSON file 7 and 7.0 may stand in one column
+    return cells.map(lambda x: str(int(x) if isinstance(x, float) and x.is_integer() else x)).str.strip()
 
 
 def _read_titles(path):
@@ -589,7 +619,10 @@ def verdict(rows, scores):
         for name, where in (("auc", "across users"), ("uauc", "within a user")):
             gap = gaps.loc[name]
             sure = "better" if gap.low > 0 else "worse" if gap.high < 0 else "not surely different"
-            said.append(f"{where} {sure} ({gap.difference:+.3f} {name.upper()}, {gap.low:+.3f} to {gap.high:+.3f})")
+            interval = f"{gap.low:+.3f} to {gap.high:+.3f}"
+            if np.isnan(gap.low):
+                sure, interval = "too few users to tell", "no interval"
+            said.append(f"{where} {sure} ({gap.difference:+.3f} {name.upper()}, {interval})")
         told.append(f"{mine} against {other}: {', '.join(said)}")
     counted = (
         f"On {len(rows):,} rows, {table.users.iloc[0]:.0f} users counted by UAUC, differences with 95 % intervals:"

@@ -131,7 +131,7 @@ def write_shards(frames, folder, rows_a_group=1 << 17):
 
     Raises ValueError for a folder that holds other files than such.
     """
-    check_replaceable(folder, ("[0-9]*.parquet",), "shards")
+    check_replaceable(folder, ("[0-9]" * 5 + ".parquet",), "shards")
     with bu.replacing(folder) as part:
         part.mkdir(exist_ok=True)
         for number, frame in enumerate(frames):

@@ -87,6 +87,13 @@ def bit_meanings(dataset, codes, least=20):
     return [(tags[common[low]], tags[common[high]]) for low, high in zip(share.argmin(1), share.argmax(1))]
 
 
+def _latest(items, labels):
+    """Of ratings in the order of time, the last of each item."""
+    _, from_end = np.unique(items[::-1], return_index=True)
+    kept = np.sort(len(items) - 1 - from_end)
+    return items[kept], labels[kept]
+
+
 class Names:
     """Users or items by what they are called: ids as the data has them, their places where it has none, and titles."""
 
@@ -145,7 +152,7 @@ class Recommender:
         self.index.add(np.packbits(codes.items, axis=1))
         self.average, self.trained = average_code(dataset, codes), set(dataset.train.user)
         self.meanings = bit_meanings(dataset, codes)
-        self.past = {user: (items, labels) for user, (_, items, labels) in bx.histories(dataset).items()}
+        self.past = {user: _latest(items, labels) for user, (_, items, labels) in bx.histories(dataset).items()}
         self.count = np.bincount(dataset.log.item, minlength=dataset.n_items)
         self.users = Names("user", dataset.n_users, users)
         self.items = Names("item", dataset.n_items, items, dataset.titles)

@@ -480,7 +480,7 @@ def cached_codes(dataset, bits=32, seed=0, recipe="ste", fit=fit_codes):
     """
     if fit is not fit_codes and recipe in RECIPES:
         raise ValueError(f"recipe {recipe!r} is of `fit_codes`; give codes of another fit a recipe name of their own")
-    data = [dataset.train, dataset.valid, dataset.tags, len(dataset.titles)]
+    data = [dataset.train, dataset.valid, dataset.tags, len(dataset.titles), len(dataset.train)]
     if dataset.n_users > max(dataset.train.user.max(), dataset.valid.user.max()) + 1:
         data.append(dataset.n_users)
     data = digest(*data)
@@ -763,8 +763,14 @@ def uauc(users, labels, scores):
     return float(each.mean()), len(each)
 
 
+FEW = 5  # users; of fewer, redrawing says nothing: one user gives an interval of no width, whatever the scores
+
+
 def _bootstrap(users, labels, ways, draws, seed):
-    """For each array of scores in `ways` {"auc", "uauc"}: float64 [draws], over the same samples of users."""
+    """For each array of scores in `ways` {"auc", "uauc"}: float64 [draws], over the same samples of users.
+
+    All NaN where there are less than FEW users, or users that UAUC counts.
+    """
     if not (isinstance(draws, (int, np.integer)) and draws > 0):
         raise ValueError(f"draws is {draws!r}; ask for one or more, 1,000 for an interval")
     auc(labels, ways[0])  # refuses labels of one class
@@ -778,23 +784,32 @@ def _bootstrap(users, labels, ways, draws, seed):
             values["auc"].append(_weighted_aucs(labels, scores, counts[:, place].astype(float)))
             with np.errstate(invalid="ignore"):  # a draw may hold no countable user
                 values["uauc"].append(counts[:, counted] @ mine[counted] / counts[:, counted].sum(1))
-    return [{name: np.concatenate(parts) for name, parts in values.items()} for values in found]
+    few = {"auc": len(counted) < FEW, "uauc": counted.sum() < FEW}
+    return [{name: np.concatenate(parts) * (np.nan if few[name] else 1) for name, parts in v.items()} for v in found]
+
+
+def _interval(draws):
+    """(low, high): the middle 95 % of the draws that are numbers; NaN where there is none."""
+    draws = draws[~np.isnan(draws)]
+    return tuple(np.percentile(draws, [2.5, 97.5]).tolist()) if len(draws) else (np.nan, np.nan)
 
 
 def bootstrap_ci(users, labels, scores, draws=1000, seed=0):
     """95 % intervals by resampling users, with all their rows: {"auc": (low, high), "uauc": (low, high)}.
 
-    Users, not rows, are drawn, for the rows of one user hang together (percentile bootstrap, Efron 1979).
+    Users, not rows, are drawn, for the rows of one user hang together (percentile bootstrap, Efron 1979). Of less than
+    five users (for UAUC: users that it counts) nothing can be said: (NaN, NaN).
     """
     labels, scores = _check_scores(labels, scores, users)
     (values,) = _bootstrap(users, labels, [scores], draws, seed)
-    return {name: tuple(np.nanpercentile(value, [2.5, 97.5]).tolist()) for name, value in values.items()}
+    return {name: _interval(value) for name, value in values.items()}
 
 
 def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
     """Is scoring b better than a on the same rows? DataFrame with rows auc, uauc; columns difference, low, high, p.
 
     difference = b - a with its 95 % interval over resampled users; p is two-sided, from the same draws.
+    Of less than five users (for UAUC: users that it counts) low, high and p are NaN.
     """
     (_, a), (labels, b) = _check_scores(labels, scores_a, users), _check_scores(labels, scores_b)
     drawn, points = _bootstrap(users, labels, [a, b], draws, seed), []
@@ -805,7 +820,8 @@ def paired_test(users, labels, scores_a, scores_b, draws=1000, seed=0):
         gap = drawn[1][name] - drawn[0][name]
         gap = gap[~np.isnan(gap)]
         tail = (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (1 + len(gap))  # never 0: finite draws cannot show that
-        rows[name] = (points[1][name] - points[0][name], *np.percentile(gap, [2.5, 97.5]), min(1.0, 2 * tail))
+        p = min(1.0, 2 * tail) if len(gap) else np.nan
+        rows[name] = (points[1][name] - points[0][name], *_interval(gap), p)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["difference", "low", "high", "p"])
 
 

@@ -58,7 +58,10 @@ def explorer_data(dataset, codes, films=None):
 
 
 def verdict_threshold(dataset, codes):
-    """Least number of agreeing bits at which more than half of the training rows are likes, and above it too."""
+    """Least number of agreeing bits at which more than half of the training rows are likes, and above it too.
+
+    All bits, where there is no such number.
+    """
     agree = (codes.similarity(dataset.train) * codes.bits).round().astype(int)
     rows = np.bincount(agree, minlength=codes.bits + 1)
     likes = np.bincount(agree, dataset.train.label, minlength=codes.bits + 1)

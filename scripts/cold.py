@@ -8,6 +8,7 @@ names what the lines were made from: the same is not made again.
 """
 
 import hashlib
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -72,17 +73,17 @@ def title_states(model, tokenizer, titles, batch=64):
     return np.concatenate(states)
 
 
-def title_answers(model, tokenizer, dataset, rows, cold):
+def title_answers(model, tokenizer, dataset, rows, cold, key):
     """{split: logit(Yes)} of rows about cold films, titles only; model: after lessons that left these films out.
 
-    No cold film is among the likes shown: for the prompts nobody ever liked one.
+    No cold film is among the likes shown: for the prompts nobody ever liked one. key: what the parts kept are named by.
     """
     splits = {name: getattr(dataset, name) for name in bu.SPLITS}
     splits = {name: part.assign(label=part.label * ~part.item.isin(cold)) for name, part in splits.items()}
     nobody, answers = replace(dataset, **splits), {}
     for split, part in rows.items():
         prompts = bu.build_prompts(nobody, part, style="text")
-        p, _ = results.score_in_parts(model, tokenizer, prompts, f"cold-{split}-{bu.digest(prompts)}")
+        p, _ = results.score_in_parts(model, tokenizer, prompts, f"cold-{key}-{split}")
         answers[split] = logit(p)
     return answers
 
@@ -202,12 +203,12 @@ def main():
     cold = bx.some_items(dataset)
     hidden = bx.without_ratings(dataset, cold)
     rows = {split: part[part.item.isin(cold)] for split, part in (("valid", dataset.valid), ("test", dataset.test))}
-    model, tokenizer = bu.load_llm()
+    model, tokenizer = bu.load_llm(bu.SMOLLM2)
     known, titles = bu.item_features(hidden), dataset.titles
     told = {"word vectors": word_vectors(titles), "title states": title_states(model, tokenizer, titles)}
-    model = bx.load_shipped(model, "titles")
+    model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / "titles")
     told["title states after lessons"] = title_states(model, tokenizer, titles)
-    answers = title_answers(model, tokenizer, dataset, rows, cold)
+    answers = title_answers(model, tokenizer, dataset, rows, cold, key)
     features = {"genres and years": known}
     for name, vectors in told.items():
         parts = PCA(DIMENSIONS, whiten=True, random_state=0).fit_transform(vectors).astype(np.float32)
@@ -216,6 +217,8 @@ def main():
         cold_films(rows, answers, collaborative(hidden, features, seed), seed)
         all_films(dataset, bu.cached_codes(dataset, 32, seed), seed)
     mark.write_text(key + "\n")
+    for split in rows:
+        shutil.rmtree(bu.CACHE / "answers" / f"cold-{key}-{split}", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class PeakMemory(threading.Thread):
 
 def results_folder(profile):
     """data/results of the repository; of the smoke profile, a folder of the output that git ignores."""
-    return bu.OUTPUT / "results" if profile.name == "smoke" else ROOT / "data" / "results"
+    return bu.OUTPUT / "results" if profile.name.startswith("smoke") else ROOT / "data" / "results"
 
 
 def stamps():

@@ -5,7 +5,8 @@ python scripts/results.py text "codes ste 32"    some; "one_step, seed 1" for an
                                                  codes learned from all that was rated before valid
 
 Without a GPU the profile is `patient`: 1,024 tuning rows and all test rows, an hour a run on two slow cores; with one
-it is `full`, the whole training split. BINLLM_PROFILE chooses another.
+it is `full`, the whole training split. BINLLM_PROFILE chooses another. A row that needs no LLM is made once: delete its
+line of metrics.csv when its recipe has changed.
 
 The files: metrics.csv, a line a result; runs.csv, how each run of the LLM was made, and curves.csv, its loss by step;
 answers-PROFILE-SPLIT.parquet, P(Yes), a column a run, a line a row of the split.
@@ -17,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -310,11 +311,17 @@ def keep_curve(path, title, profile, curve):
             pd.concat([others, curve]).to_csv(part, index=False)
 
 
+def own_profile():
+    """`bu.current_profile`; with another LLM (BINLLM_LLM) under a name of its own, for records of its own."""
+    profile, llm = bu.current_profile(), os.environ.get("BINLLM_LLM")
+    return replace(profile, name=f"{profile.name}-{Path(llm).name}") if llm else profile
+
+
 def main(wanted):
     bu.quiet()
     if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
-    profile, dataset, past = bu.current_profile(), bu.load_ml1m(), bu.load_ml1m(past="all")
+    profile, dataset, past = own_profile(), bu.load_ml1m(), bu.load_ml1m(past="all")
     runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
     runs |= {f"past: {name}": partial(without_llm, name, past) for name in collaborative(past, profile)}
     runs |= {name: partial(answer, name, 0, dataset) for name in RUNS} | {

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, make_rows
+from conftest import ROOT, make_dataset, make_rows
 from safetensors.torch import load_file
 
 import binllm_cli as bc
@@ -53,6 +54,13 @@ def test_the_verdict_of_a_file(ratings, capsys):
     )
 
 
+def test_the_verdict_on_one_person_is_json(ratings, tmp_path, capsys):
+    """Of one user there is no interval, and JSON has no NaN."""
+    pd.read_csv(ratings).drop(columns="user").to_csv(tmp_path / "me.csv", index=False)
+    found = said(capsys, "try", tmp_path / "me.csv")
+    assert found["table"]["codes"]["auc_lo"] is None and "too few users to tell" in " ".join(found["verdict"])
+
+
 def test_from_a_file_to_codes_an_adapter_and_recommendations(ratings, tmp_path, capsys, small_llm):
     codes, adapter = tmp_path / "codes.npz", tmp_path / "adapter"
     made = said(capsys, "codes", ratings, "--out", codes, "--bits", 16)
@@ -91,34 +99,39 @@ def test_from_a_file_to_codes_an_adapter_and_recommendations(ratings, tmp_path, 
     assert "was tuned with other codes" in capsys.readouterr().err
 
 
-def test_codes_belong_to_ids_not_to_places(tmp_path):
+def test_codes_belong_to_ids_not_to_places(tmp_path, toy, capsys):
     rng = np.random.default_rng(0)
     codes, users, items = bu.Codes(rng.integers(0, 2, (3, 16)), rng.integers(0, 2, (4, 16))), list("abc"), list("wxyz")
-    bc.write_codes(tmp_path / "c.npz", codes, users, items)
-    found = bc.read_codes(tmp_path / "c.npz", ["c", "a"], ["z", "w", "y", "x"])
+    bc.write_codes(tmp_path / "c.npz", codes, users, items, toy)
+    found = bc.read_codes(tmp_path / "c.npz", ["c", "a"], ["z", "w", "y", "x"], toy)
     assert np.array_equal(found.users, codes.users[[2, 0]]) and np.array_equal(found.items, codes.items[[3, 0, 2, 1]])
+    assert capsys.readouterr().out == ""
+    bc.read_codes(tmp_path / "c.npz", users, items, make_dataset(train=make_rows(7, 400)))
+    assert "c.npz was learned from other rows than these" in capsys.readouterr().out
     with pytest.raises(ValueError, match="lacks codes of 1 users, such as 'd'"):
-        bc.read_codes(tmp_path / "c.npz", ["a", "d"], items)
+        bc.read_codes(tmp_path / "c.npz", ["a", "d"], items, toy)
     whole, dice = (tmp_path / "c.npz").read_bytes(), np.random.default_rng(0)
     for at in dice.integers(0, len(whole), 300):  # one bit of it turned round: the codes themselves, or one sentence
         (tmp_path / "turned.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
         try:
-            assert np.array_equal(bc.read_codes(tmp_path / "turned.npz", users, items).users, codes.users)
+            assert np.array_equal(bc.read_codes(tmp_path / "turned.npz", users, items, toy).users, codes.users)
         except ValueError as error:
             assert "turned.npz" in str(error)
     np.save(tmp_path / "table.npy", codes.users)
     with pytest.raises(ValueError, match="holds no codes"):
-        bc.read_codes(tmp_path / "table.npy", users, items)
+        bc.read_codes(tmp_path / "table.npy", users, items, toy)
     for name, content in (("text.npz", b"text"), ("empty.npz", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} holds no codes"):
-            bc.read_codes(tmp_path / name, users, items)
+            bc.read_codes(tmp_path / name, users, items, toy)
     np.savez(tmp_path / "pickled.npz", users=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="holds no codes"):
-        bc.read_codes(tmp_path / "pickled.npz", users, items)
-    np.savez(tmp_path / "short.npz", users=codes.users, items=codes.items, user_ids=users[:2], item_ids=items)
+        bc.read_codes(tmp_path / "pickled.npz", users, items, toy)
+    np.savez(
+        tmp_path / "short.npz", users=codes.users, items=codes.items, user_ids=users[:2], item_ids=items, made_from=""
+    )
     with pytest.raises(ValueError, match="not a code for each id"):
-        bc.read_codes(tmp_path / "short.npz", users, items)
+        bc.read_codes(tmp_path / "short.npz", users, items, toy)
 
 
 @pytest.mark.parametrize(

@@ -443,3 +443,18 @@ def test_ids_without_a_code_are_named(toy_codes):
         toy_codes.similarity(rows)
     with pytest.raises(ValueError, match="item 30 has no code; ids here go from 0 to 29"):
         toy_codes.of(pd.DataFrame({"user": [0], "item": [30]}))
+
+
+def test_the_same_rows_cut_elsewhere_are_other_data(toy, tmp_path, monkeypatch):
+    """Or codes would be handed out that have learned from what is valid now."""
+    monkeypatch.setattr(bu, "CACHE", tmp_path)
+    rows, made = pd.concat([toy.train, toy.valid], ignore_index=True), []
+
+    def fit(dataset, bits, seed, recipe):
+        made.append(len(dataset.train))
+        return bu.fit_codes(dataset, bits, seed, max_epochs=1, progress=False)
+
+    for cut in (300, 350, 300):
+        data = replace(toy, train=rows.head(cut), valid=rows.iloc[cut:])
+        bu.cached_codes(data, 8, recipe="mine", fit=fit)
+    assert made == [300, 350]

@@ -37,13 +37,13 @@ def test_no_cold_film_is_among_the_likes_shown(toy, monkeypatch):
     asked, films = [], bx.some_items(toy)
 
     def answered(model, _, prompts, key):
-        assert model == "model titles"
+        assert model == "model titles" and key in ("cold-made of this-valid", "cold-made of this-test")
         asked.append(prompts)
         return np.full(len(prompts), 0.75), 1.0
 
     monkeypatch.setattr(cold.results, "score_in_parts", answered)
     rows = {split: part[part.item.isin(films)] for split, part in (("valid", toy.valid), ("test", toy.test))}
-    answers = cold.title_answers("model titles", "tokenizer", toy, rows, films)
+    answers = cold.title_answers("model titles", "tokenizer", toy, rows, films, "made of this")
     for (split, part), prompts in zip(rows.items(), asked):
         assert np.allclose(answers[split], np.log(3)) and len(prompts) == len(part) > 5
         for prompt, item in zip(prompts, part.item):

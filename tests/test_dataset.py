@@ -1,6 +1,7 @@
 """The data: the paper's split of the real ML-1M, point-in-time histories, and bad input."""
 
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -235,3 +236,12 @@ def test_an_index_with_repeats_is_no_trouble(toy):
     assert make_dataset(train=rows).train.user.tolist() == toy.train.user.tolist()
     with pytest.raises(ValueError, match=r"train, row 0: user \d+ and item \d+ come twice"):
         make_dataset(train=pd.concat([rows, rows.iloc[[7]]]))
+
+
+def test_a_missing_time_cast_to_a_whole_number_is_refused(toy):
+    """datetime64 cast to int64 turns NaT into the smallest number: a row that would be before all others."""
+    for unit in (1, 1000, 10**9):
+        times = toy.train.timestamp * unit
+        times.iloc[3] = np.iinfo(np.int64).min
+        with pytest.raises(ValueError, match="row 3: no timestamp"):
+            replace(toy, train=toy.train.assign(timestamp=times))

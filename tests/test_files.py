@@ -134,3 +134,23 @@ def test_a_file_never_takes_a_folders_place(tmp_path):
         part.write_text("codes")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_the_block_reads_is_not_told_as_a_full_disk(tmp_path):
+    """A source that is not there, or a hub that does not answer, is its own error; the disk's errors name the path."""
+
+    def fails_with(error):
+        with bu.replacing(tmp_path / "kept.txt") as part:
+            part.write_text("half")
+            raise error
+
+    (tmp_path / "elsewhere").mkdir()
+    missing = FileNotFoundError(2, "No such file or directory", str(tmp_path.parent / "source.csv"))
+    for error in (missing, OSError("the hub does not answer")):
+        with pytest.raises(OSError, match="source.csv|the hub") as told:
+            fails_with(error)
+        assert told.value is error
+    for error in (OSError(28, "No space left on device"), PermissionError(13, "Permission denied", str(tmp_path))):
+        with pytest.raises(OSError, match=r"cannot write .*kept.txt .*make room"):
+            fails_with(error)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere"]

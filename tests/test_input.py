@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 import records
 import torch
-from conftest import make_dataset, make_rows
+from conftest import ROOT, make_dataset, make_rows
 
 import binllm_extras as bx
 import binllm_llm
@@ -582,3 +583,13 @@ def test_many_may_write_one_file_at_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
     assert os.listdir(tmp_path) == ["one[1].csv"] and (tmp_path / "one[1].csv").read_text().endswith(" 59")
+
+
+def test_a_damaged_adapter_is_an_error_and_not_another_llm(tmp_path, monkeypatch, llm):
+    """`load_shipped` goes on without an adapter that is for another LLM, never without one that cannot be read."""
+    monkeypatch.setattr(bu, "ROOT", tmp_path)
+    folder = tmp_path / "data" / "adapters" / "broken"
+    shutil.copytree(ROOT / "data" / "adapters" / "literacy", folder)
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="broken holds no adapter that can be read"):
+        bx.load_shipped(llm[0], "broken")

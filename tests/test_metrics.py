@@ -132,3 +132,23 @@ def test_the_bootstrap_takes_little_memory_and_the_same_draws():
     counts = np.random.default_rng(3).multinomial(6_000, np.full(6_000, 1 / 6_000), size=250)
     assert np.allclose(values["uauc"], counts @ bu.user_aucs(users, labels, scores).to_numpy() / 6_000)
     assert len(values["auc"]) == 250
+
+
+@pytest.mark.parametrize("users", [1, 2, 4, 5, 40])
+def test_of_few_users_no_interval_is_told(users):
+    """One user drawn again and again is always the same: an interval of no width would call any noise sure."""
+    rng = np.random.default_rng(users)
+    rows = pd.DataFrame({"user": np.repeat(np.arange(users), 30), "label": np.tile([0, 1], 15 * users)})
+    a, b = rng.random((2, len(rows)))
+    ci, test = bu.bootstrap_ci(rows.user, rows.label, a), bu.paired_test(rows.user, rows.label, a, b)
+    told = [*np.ravel(list(ci.values())), *test[["low", "high", "p"]].to_numpy().ravel()]
+    assert np.isnan(told).all() == (users < 5) and np.isnan(told).any() == (users < 5)
+    assert test.difference.auc == pytest.approx(bu.auc(rows.label, b) - bu.auc(rows.label, a))
+
+
+def test_few_users_that_count_have_no_interval_of_uauc():
+    rows = pd.DataFrame({"user": np.repeat(np.arange(50), 4), "label": [0, 1] * 6 + [1] * 188})  # three users count
+    scores = np.random.default_rng(0).random(200)
+    found = bu.evaluate(rows, scores)
+    assert found["users"] == 3 and np.isnan([found["uauc_lo"], found["uauc_hi"]]).all()
+    assert found["auc_lo"] < found["auc"] < found["auc_hi"]

@@ -392,11 +392,11 @@ def test_large_ids_stay_apart_in_every_kind_of_file(tmp_path):
         assert read.report["rows without user, item or rating, left out"] == 1
 
 
-@pytest.mark.parametrize("stamps", [["20200102", "20200103"], ["02-01-20", "13-01-20"], ["1969-12-31", "1970-01-02"]])
+@pytest.mark.parametrize("stamps", [["20200102", "20200103"], ["02.01.20", "13.01.20"], ["1969-12-31", "1970-01-02"]])
 def test_dates_that_look_like_something_else(tmp_path, stamps):
     lines = "".join(f"{n},x,4,{stamp}\n" for n, stamp in enumerate(stamps))
     read = bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + lines))
-    first = {"20200102": "2020-01-02", "02-01-20": "2020-01-02", "1969-12-31": "1969-12-31"}[stamps[0]]
+    first = {"20200102": "2020-01-02", "02.01.20": "2020-01-02", "1969-12-31": "1969-12-31"}[stamps[0]]
     assert pd.Timestamp(read.rows.time.iloc[0], unit="s") == pd.Timestamp(first) and len(read.rows) == 2
 
 
@@ -488,6 +488,12 @@ def test_the_verdict_says_what_the_paired_test_says(toy):
         assert table.auc["codes"] == round(bu.auc(toy.test.label, scores["codes"]), 4)
 
 
+def test_the_verdict_on_one_person_is_not_sure(toy):
+    scores = {"counting": np.random.default_rng(0).random(100), "codes": toy.test.label.to_numpy(float)}
+    _, sentence = bo.verdict(toy.test.assign(user=0), scores)
+    assert sentence.count("too few users to tell") == 2 and "better" not in sentence and "nan" not in sentence
+
+
 @pytest.mark.parametrize("style", ["text", "text+codes", "codes"])
 def test_a_prompt_may_be_about_books(toy, toy_codes, style):
     films = bu.build_prompts(toy, toy.test, toy_codes, style)
@@ -556,3 +562,67 @@ def test_amazon_book_is_cut_as_the_reference_code_does(tmp_path):
 def test_amazon_book_of_another_year_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no rating of 2017"):
         amazon(tmp_path, [("U", "B", 5, "2016-05-05"), ("V", "B", 1, "2016-05-06")])
+
+
+@pytest.mark.parametrize("dayfirst", [None, True, False])
+def test_a_year_in_front_decides_whatever_other_dates_say(tmp_path, dayfirst):
+    dates = ["2020-03-04", "2020/03/05", "2020-04-01 10:00"]
+    lines = "".join(f"{n},x,4,{date}\n" for n, date in enumerate(dates))
+    read = bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + lines), dayfirst=dayfirst)
+    found = pd.to_datetime(read.rows.time, unit="s")
+    assert found.dt.strftime("%m-%d").tolist() == ["03-04", "03-05", "04-01"]
+    mixed = write(tmp_path, "user,item,rating,date\n" + lines + "9,x,1,31/12/2019\n")
+    found = pd.to_datetime(bo.read_interactions(mixed).rows.time, unit="s")
+    assert found.dt.strftime("%m-%d").tolist() == ["12-31", "03-04", "03-05", "04-01"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        (["23-01-02", "23-01-03"], "may begin with the year or end in it; write years in four digits"),
+        (["43831.25", "43831.75"], "the time is '43831.25'; give a date"),
+    ],
+)
+def test_times_that_mean_two_things_are_refused(tmp_path, cells, reason):
+    lines = "".join(f"{n},x,4,{cell}\n" for n, cell in enumerate(cells))
+    with pytest.raises(ValueError, match=f"line 2: {reason}" if "the time" in reason else reason):
+        bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + lines))
+
+
+def test_fourteen_digits_are_a_date_and_a_time(tmp_path):
+    lines = "1,x,4,20200102030405\n2,x,4,20200102030407\n"
+    read = bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + lines))
+    assert read.rows.time.diff().iloc[1] == 2 and read.report["period"] == "2020-01-02 to 2020-01-02"
+
+
+def test_lines_that_quotation_marks_swallow_are_counted(tmp_path):
+    """Two titles that begin with a mark make one cell of all lines between: nobody may lose rows without a word."""
+    rows = [f"{n}\tm{n}\t4\tFilm {n}" for n in range(10)]
+    rows[3], rows[7] = '3\tm3\t4\t"Weird Al', '7\tm7\t4\t"Crocodile" Dundee'
+    told = "lines that stand inside quotation marks, read as part of a cell"
+    read = bo.read_interactions(write(tmp_path, "user\titem\trating\ttitle\n" + "\n".join(rows) + "\n"))
+    assert len(read.rows) + read.report[told] == 10 and read.report[told] >= 4
+    fine = bo.read_interactions(write(tmp_path, 'user,item,rating,title\n1,a,4,"two\nlines"\n2,a,3,x\n'))
+    assert fine.report[told] == 1 and len(fine.rows) == 2
+    plain = bo.read_interactions(write(tmp_path, "user,item,rating\n\n1,a,4\n\n2,b,3\n\n"))
+    assert told not in plain.report and len(plain.rows) == 2
+
+
+def test_what_means_no_rating_and_no_id_is_left_out(tmp_path):
+    read = bo.read_interactions(write(tmp_path, "User-ID;ISBN;Book-Rating\n1;a;0\n1;b;8\n2;a;3\n2;b;0\n"))
+    assert read.rows.value.tolist() == [8, 3]
+    read = bo.read_interactions(write(tmp_path, "user,item,rating\n1,a,4\nNULL,a,3\nnan,b,2\n2,b,5\n"))
+    assert read.users == ["1", "2"] and read.report["ids such as NULL or nan, taken as missing"] == 2
+    assert read.report["rows without user, item or rating, left out"] == 2
+
+
+def test_whole_numbers_with_a_point_are_the_same_ids_in_json(tmp_path):
+    lines = [{"user": 7, "item": 1, "rating": 4}, {"user": 7.0, "item": 2, "rating": 3.5}]
+    read = bo.read_interactions(write(tmp_path, "".join(json.dumps(row) + "\n" for row in lines), "r.jsonl"))
+    assert read.users == ["7"] and read.rows.value.tolist() == [4, 3.5]
+
+
+def test_times_with_and_without_a_zone_are_told(tmp_path):
+    lines = "1,a,4,2020-01-02T03:04:05+02:00\n2,a,3,2020-01-02T03:04:05\n"
+    read = bo.read_interactions(write(tmp_path, "user,item,rating,date\n" + lines))
+    assert "UTC" in read.report["times with and without a zone"] and read.rows.time.diff().iloc[1] == 7200

@@ -208,3 +208,16 @@ def test_scoring_that_was_cut_short_goes_on(small, monkeypatch, llm):
         results.score_in_parts(*llm, prompts, "key", size=10)
     p, seconds = results.score_in_parts(*llm, prompts, "key", size=10)
     assert seconds > 0 and asked == [10, 10, 10, 5] and np.allclose(p, wanted, atol=1e-5)
+
+
+def test_another_llm_has_records_of_its_own(small, monkeypatch):
+    """Its rows stand beside those of the profile's LLM and take no place of theirs."""
+    toy, _, _, folder = small
+    monkeypatch.setenv("BINLLM_PROFILE", "smoke")
+    monkeypatch.delenv("BINLLM_LLM", raising=False)
+    for llm in (None, bu.SMOLLM2):
+        if llm:
+            monkeypatch.setenv("BINLLM_LLM", llm)
+        results.answer("text", 0, toy, results.own_profile())
+    table = pd.read_csv(folder.parent / "metrics.csv")
+    assert set(table.profile) == {"smoke", "smoke-SmolLM2-135M-Instruct"} and len(table) == 4

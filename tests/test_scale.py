@@ -324,3 +324,13 @@ if __name__ == "__main__":
         tune_cut(*sys.argv[2:])
     else:
         tune_here(sys.argv[1], *map(int, sys.argv[2:]))
+
+
+def test_other_peoples_parquet_is_not_replaced(toy, tmp_path):
+    for name in ("20240101.parquet", "2023-01 raw.parquet", "000000.parquet"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"mine")
+        with pytest.raises(ValueError, match="holds other files"):
+            bs.write_shards([toy.train], folder)
+        assert (folder / name).read_bytes() == b"mine"

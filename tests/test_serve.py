@@ -411,3 +411,15 @@ def test_too_many_are_sent_away_and_the_rest_are_answered(made, monkeypatch):
         assert ask(address, body={"user": 3})[0] == 200
     finally:
         end()
+
+
+def test_the_latest_rating_of_a_film_is_the_one_that_counts(toy, codes):
+    """Liked once and disliked later: no longer among the likes, in whichever split the later rating stands."""
+    item, user = toy.train.item.iloc[0], toy.train.user.iloc[0]
+    when = toy.log.timestamp.max()
+    again = pd.DataFrame({"user": user, "item": item, "label": [1, 0], "timestamp": [when + 1, when + 2]})
+    changed = replace(toy, test=pd.concat([toy.test, again], ignore_index=True))
+    _, liked, known = bs.Recommender(changed, codes).taste(user)
+    assert item not in liked and (known == item).sum() == 1
+    back = replace(changed, test=pd.concat([toy.test, again.assign(label=[0, 1])], ignore_index=True))
+    assert item in bs.Recommender(back, codes).taste(user)[1]
