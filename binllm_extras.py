@@ -121,7 +121,7 @@ def code_report(codes):
     Columns: `rows`; `distinct`, the share of distinct codes; `largest`, how many have the most common one; `constant`,
     bits that never change; `entropy_min` and `entropy_mean` of the bits, 1 for a bit that is on for half of the rows;
     `effective_bits`, the effective rank of the bits' covariance (Roy & Vetterli, 2007), bits if all are independent and
-    balanced; `correlation`, the mean absolute correlation of two bits.
+    balanced; `correlation`, the mean absolute correlation of two bits, NaN where less than two ever change.
     Leave out ids that share a default code; they would look like collisions.
     """
     rows = {}
@@ -131,7 +131,7 @@ def code_report(codes):
         moving = (p > 0) & (p < 1)
         entropy = torch.special.entr(torch.tensor(np.array([p, 1 - p]))).sum(0).numpy() / math.log(2)
         spread = torch.tensor(np.linalg.eigvalsh(np.cov(code.T.astype(float), bias=True)).clip(1e-12))
-        pairs = np.corrcoef(code.T[moving].astype(float)) if moving.sum() > 1 else np.ones((2, 2))
+        pairs = np.corrcoef(code.T[moving].astype(float)) if moving.sum() > 1 else np.full((2, 2), np.nan)
         rows[name] = {
             "rows": len(code),
             "distinct": len(sizes) / len(code),
@@ -140,7 +140,7 @@ def code_report(codes):
             "entropy_min": entropy.min(),
             "entropy_mean": entropy.mean(),
             "effective_bits": torch.special.entr(spread / spread.sum()).sum().exp().item() if moving.any() else 0.0,
-            "correlation": min(1.0, np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean()),
+            "correlation": np.minimum(1.0, np.abs(pairs[np.triu_indices(len(pairs), 1)]).mean()),
         }
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -6,7 +6,6 @@ python benchmarks/own.py 1000000       as many
 Each file is read in a process of its own, whose peak memory is that of the whole: Python and libraries included.
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -46,11 +45,11 @@ def make(path, rows, users=500_000, items=100_000, part=1_000_000):
 def read(path):
     """What the process that reads does: rows, seconds, and gigabytes at the peak."""
     began = time.perf_counter()
-    found = bo.read_interactions(path)
-    dataset = found.split()
+    with records.PeakMemory() as memory:
+        found = bo.read_interactions(path)
+        dataset = found.split()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 / (1e3 if sys.platform == "darwin" else 1)
-    print(len(found.rows), len(dataset.train), round(seconds, 1), round(peak, 2))
+    print(len(found.rows), len(dataset.train), round(seconds, 1), round(memory.before + memory.gb, 2))
 
 
 def main(rows=10_000_000):

@@ -211,7 +211,7 @@ def bench_table(bench):
 
 
 def readme_table(metrics):
-    """At most README_ROWS rows, all measured on the same rows: the whole test split."""
+    """What README shows, all measured on the same rows: the whole test split; a test holds it to README_ROWS."""
     test = metrics[(metrics.split == "test") & (metrics.dataset == "ml-1m")]
     whole = test[test.rows == test.rows.max()]
     keys = [("popularity", ""), ("mf", "paper"), ("codes", "reference"), ("codes", "ste")]
