@@ -86,8 +86,8 @@ def main():
     then = adapters.cut_earlier(dataset)
     tuning = then, bu.cached_codes(then, recipe="distinct"), bu.sample_rows(then.test, TUNING_ROWS)
     without_llm(FOLDER, dataset, codes, rows)
-    for learn in (None, tuning):
-        for reader in READERS:
+    for learn, readers in ((None, READERS), (tuning, reversed(READERS))):
+        for reader in readers:
             with_llm(FOLDER, dataset, codes, rows, reader, learn)
 
 
