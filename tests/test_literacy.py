@@ -85,6 +85,8 @@ def test_the_shipped_adapters_are_small_and_say_how_they_were_made(name):
         assert card["courses"] == adapters.TITLE_COURSES[name]
     else:
         assert card["courses"] == json.loads(json.dumps(adapters.COURSES[name]))
+        asked = sum(lesson[2] for _, lessons in card["courses"] for lesson in lessons)
+        assert pd.read_csv(folder / "curve.csv").rows.sum() == asked  # results.py records how many there were
 
 
 def test_the_shipped_title_lessons_brought_something():
