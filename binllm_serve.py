@@ -136,6 +136,7 @@ class Recommender:
 
     model, tokenizer: an LLM with its adapter, or None to rank by similarity alone. style, fmt: how prompts are written,
     as in `bu.build_prompts`. users, items: texts by which they may be named too, one each, in the data set's order.
+    Of several ratings of an item by one user the latest counts.
     Raises ValueError for codes of another data set.
     """
 

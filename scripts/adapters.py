@@ -232,8 +232,7 @@ def long():
         best = int(np.argmax([chapter["auc"] + chapter["uauc"] for chapter in chapters]))
         if best == len(chapters) - 1:
             card = {"what": "long: lessons, then the chapters before valid says stop", "llm": model.name_or_path}
-            card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters}
-            card |= records.stamps()
+            card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters} | records.stamps()
             bu.save_adapter(model, ADAPTERS / "long", card, pd.concat(curves))
         elif len(chapters) - 1 - best >= PATIENCE:
             print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")

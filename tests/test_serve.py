@@ -91,7 +91,7 @@ def test_counting_so_far_is_counting_with_the_likes_so_far(toy):
 def test_who_came_after_training_has_a_code_of_all_they_rated(toy, codes):
     late = replace(toy, train=toy.train[toy.train.user != 3])
     made = bs.Recommender(late, codes)
-    past = late.log[late.log.user == 3].sort_values("timestamp", kind="stable")
+    past = late.log[late.log.user == 3].sort_values("timestamp", kind="stable").drop_duplicates("item", keep="last")
     assert np.array_equal(made.taste(3)[0], bs.code_of_ratings(codes, past.item, past.label, made.average))
     assert np.array_equal(made.taste(4)[0], codes.users[4])
 
@@ -113,13 +113,16 @@ def test_new_likes_change_the_answer_at_once_and_are_not_recommended(made, toy):
     found = made.recommend(user=3, likes=new)
     assert not set(new) & set(found.title)
     code, liked, known = made.taste(3, new)
-    past = toy.log[toy.log.user == 3]
+    past = toy.log[toy.log.user == 3].sort_values("timestamp", kind="stable").drop_duplicates("item", keep="last")
     assert sorted(known) == sorted([*past.item, *map(made.items.find, new)])
     assert [toy.titles[i] for i in liked[-2:]] == new and len(liked) == past.label.sum() + 2
     assert not np.array_equal(made.taste(None, new)[0], made.taste(None, (), new)[0])
 
 
 def test_the_llm_is_asked_what_build_prompts_would_ask(toy, codes, llm):
+    """Where nobody rated a film twice: `build_prompts` shows a like also when it was taken back."""
+    rows = pd.concat({split: getattr(toy, split) for split in bu.SPLITS}).drop_duplicates(["user", "item"])
+    toy = replace(toy, **{split: rows.loc[split] for split in bu.SPLITS})
     model = get_peft_model(llm[0], LoraConfig(**bu.LORA["all"] | {"init_lora_weights": False})).eval()
     made = bs.Recommender(toy, codes, model, llm[1], fmt="dotted")
     found = made.recommend(user=3, n=5, candidates=6)
