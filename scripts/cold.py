@@ -7,7 +7,6 @@ kind of film, method and seed, with the paired difference from `base` on the sam
 names what the lines were made from: the same is not made again.
 """
 
-import hashlib
 import shutil
 import sys
 import tempfile
@@ -187,8 +186,7 @@ def made_from(dataset, version=1):
     codes = [bu.cached_codes(dataset, 32, seed) for seed in SEEDS]
     told = [records.read_answers(RECORDS / f"answers-patient-{split}.parquet") for split in ("valid", "test")]
     told = [part["title lessons"].dropna().to_numpy() for part in told]
-    weights = bu.ROOT / "data" / "adapters" / "titles" / "adapter_model.safetensors"
-    words = [str(version), hashlib.sha256(weights.read_bytes()).hexdigest(), *dataset.titles]
+    words = [str(version), results.shipped_sha256("titles"), *dataset.titles]
     return bu.digest(
         words, dataset.train, dataset.valid, dataset.test, *told, *(side for c in codes for side in (c.users, c.items))
     )

@@ -209,6 +209,12 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     return model, tokenizer, curve
 
 
+def shipped_sha256(name):
+    """SHA-256 of the weights of the adapter data/adapters/`name`: taught anew, it is another."""
+    weights = bu.ROOT / "data" / "adapters" / name / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
 def card_of(dataset, codes, profile, run, variant, seed):
     """All that determines what `tuned_llm` makes, as a dict of plain values."""
     start = variant.start if fits(variant.start, profile) else None
@@ -216,8 +222,7 @@ def card_of(dataset, codes, profile, run, variant, seed):
     card |= {"data": dataset.name, "rows": bu.digest(dataset.train, list(dataset.titles))}
     card |= {"tune_rows": profile.tune_rows, "llm": profile.llm or bu.SMOLLM2, "layers": profile.layers}
     if start:  # taught anew, it is another start
-        weights = bu.ROOT / "data" / "adapters" / start / "adapter_model.safetensors"
-        card["start_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        card["start_sha256"] = shipped_sha256(start)
     card |= {"lora": profile.lora, "nf4": run.nf4, "history": run.history, "version": TUNING_VERSION}
     if variant.style != "text":
         card |= {"format": run.fmt, "codes": bu.digest(codes.users, codes.items)}

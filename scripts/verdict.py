@@ -9,7 +9,6 @@ The files, in data/results/ml-100k: answers-test.parquet, one number a row and m
 line a method: quality on those rows, and what it cost.
 """
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -62,8 +61,7 @@ def with_llm(folder, dataset, codes, rows, reader, tuning=None):
     if tuning:
         method, learned = f"{method}, tuned", prompts_so_far(*tuning, style)
     asked = prompts_so_far(dataset, codes, rows, style)
-    weights = (bu.ROOT / "data" / "adapters" / adapter / "adapter_model.safetensors").read_bytes()
-    key = bu.digest([*asked, *learned, hashlib.sha256(weights).hexdigest(), str(LR)])
+    key = bu.digest([*asked, *learned, results.shipped_sha256(adapter), str(LR)])
     if records.has_row(folder / "verdict.csv", {"method": method, "made_from": key}):
         return print(f"{method}: there already", flush=True)
     model, tokenizer = bu.load_llm(bu.SMOLLM2)

@@ -319,13 +319,6 @@ def test_no_shards_a_broken_one_and_one_without_a_column(tmp_path):
         bs.Shards(tmp_path)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "cut":
-        tune_cut(*sys.argv[2:])
-    else:
-        tune_here(sys.argv[1], *map(int, sys.argv[2:]))
-
-
 def test_other_peoples_parquet_is_not_replaced(toy, tmp_path):
     for name in ("20240101.parquet", "2023-01 raw.parquet", "000000.parquet"):
         folder = tmp_path / name.split(".")[0]
@@ -334,3 +327,10 @@ def test_other_peoples_parquet_is_not_replaced(toy, tmp_path):
         with pytest.raises(ValueError, match="holds other files"):
             bs.write_shards([toy.train], folder)
         assert (folder / name).read_bytes() == b"mine"
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "cut":
+        tune_cut(*sys.argv[2:])
+    else:
+        tune_here(sys.argv[1], *map(int, sys.argv[2:]))
