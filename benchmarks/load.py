@@ -4,7 +4,7 @@ python benchmarks/load.py            codes alone, 1 and 16 askers at once
 python benchmarks/load.py pairs      an LLM with that adapter of data/adapters orders the candidates
 
 The service runs in a process of its own, on this machine. Answers are compared with what the same call gives here: all
-of them, or the P(Yes) of the first five where an LLM is asked.
+of them, or the P(Yes) of the first four where an LLM is asked.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ def measure(address, made, askers, requests, known, adapter):
         close = np.allclose([line["p"] or 0 for line in items], wanted.p.fillna(0), atol=1e-5)
         wrong += not close or (not adapter and [line["item"] for line in items] != wanted.item.tolist())
     row = {"ranked by": f"LLM, adapter {adapter}" if adapter else "codes", "askers": askers, "requests": requests}
-    row |= {"requests a second": round(requests / whole, 1), "compared": min(known, requests), "wrong": wrong}
+    row |= {"requests a second": float(f"{requests / whole:.3g}"), "compared": min(known, requests), "wrong": wrong}
     row |= {f"p{q} ms": round(1000 * float(np.percentile(seconds, q)), 1) for q in (50, 99)}
     records.put_row(ROOT / "data/results/serve.csv", row, ["ranked by", "askers"])
     print(row, flush=True)
@@ -79,7 +79,7 @@ def main(adapter=None):
     process.start()
     there.close()  # so that a service that cannot start is an error here, not a wait without end
     address, made = f"http://127.0.0.1:{here.recv()}/recommend", recommender(adapter)
-    for askers, requests, known in ((1, 20, 5), (4, 20, 5)) if adapter else ((1, 1000, 1000), (16, 4000, 4000)):
+    for askers, requests, known in ((1, 12, 4), (4, 12, 4)) if adapter else ((1, 1000, 1000), (16, 4000, 4000)):
         measure(address, made, askers, requests, known, adapter)
     process.terminate()
 
