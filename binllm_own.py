@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from binllm_data import CACHE, Dataset, Source, _seconds, alone, fetch, replacing
@@ -26,7 +27,7 @@ NAMES = {  # a column's names in the files that people have, without blanks, das
     "user": "user userid uid reviewerid reviewer customerid memberid username accountid",
     "item": "item itemid movieid movie bookid isbn parentasin asin productid trackid songid articleid letterboxduri",
     "rating": "rating ratings myrating overall score stars starrating bookrating label like liked",
-    "timestamp": "timestamp time unixreviewtime datetime date dateread watcheddate createdat reviewtime reviewdate",
+    "timestamp": "timestamp unixreviewtime datetime date dateread watcheddate createdat reviewtime reviewdate time",
     "title": "title movietitle booktitle itemtitle name trackname songtitle",
 }
 MAGIC = {
@@ -39,7 +40,18 @@ MAGIC = {
 }
 NO_TIME = np.iinfo(np.int64).min
 DATE = r"^(?!\d{4}).*?(?<![\d/.:-])(\d{1,2})([-/. ])(\d{1,2})\2(\d{4}|\d{2})(?![\d:])"  # 31/12/2000, "Sun 31.12.00"
-MISSING = ("NULL", "null", "NaN", "nan", "None", "<NA>", "\\N")  # what programs write for an id that is not there
+MISSING = (
+    "NULL",
+    "null",
+    "NaN",
+    "nan",
+    "None",
+    "<NA>",
+    "\\N",
+    "NA",
+    "N/A",
+    "#N/A",
+)  # what programs write for an id that is not there
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
@@ -185,7 +197,7 @@ class _Source:
         self._decode(head)
         self.kind = "JSON lines" if self.head.lstrip()[:1] == "{" else "text"
         if self.kind == "JSON lines":
-            with path.open(encoding=self.encoding, errors="replace") as file:
+            with path.open(encoding=self.encoding) as file:
                 lines = enumerate(islice(file, 1000), 1)  # the first may lack what others have
                 rows = [self._json_line(number, line) for number, line in lines if line.strip()]
             self.names = list(dict.fromkeys(name for row in rows for name in row))
@@ -202,10 +214,15 @@ class _Source:
                 self.lines = sum(1 for _ in file)  # the whole of it is read, before a row is taken
         except UnicodeDecodeError:
             self.encoding = "cp1252"
-            self.head = head.decode("cp1252", errors="replace")
-            self.repairs["not UTF-8, read as Windows-1252"] = "yes"
-            with self.path.open(encoding=self.encoding, errors="replace") as file:
-                self.lines = sum(1 for _ in file)
+            with self.path.open("rb") as file:
+                odd = next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
+            self.repairs["not UTF-8, all of it read as Windows-1252"] = f"line {odd} is the first that shows it"
+            try:
+                self.head = codecs.getincrementaldecoder(self.encoding)().decode(head)
+                with self.path.open(encoding=self.encoding) as file:
+                    self.lines = sum(1 for _ in file)
+            except UnicodeDecodeError:  # letters replaced by one sign would make two ids one
+                raise ValueError(f"{self.path}, line {odd}: neither UTF-8 nor Windows-1252; save it as UTF-8") from None
 
     def _read_head(self):
         lines = self.head.splitlines()
@@ -219,8 +236,12 @@ class _Source:
             twice = {name for name in self.names if self.names.count(name) > 1}
             if twice:
                 raise ValueError(f"{self.path}, line {self.blank + 1}: the column {twice.pop()!r} is there twice")
-        elif len(self.unnamed) - 1 <= len(cells[0]) <= len(self.unnamed):
-            self.names = list(self.unnamed[: len(cells[0])])
+        elif len(self.unnamed) - 1 <= len(cells[0]) <= len(self.unnamed) or "title" in self.unnamed:
+            more = [f"column {number}" for number in range(len(self.unnamed) + 1, len(cells[0]) + 1)]
+            self.names = [*self.unnamed[: len(cells[0])], *more]
+            asins = [all(re.fullmatch(r"[0-9B][0-9A-Z]{9}", row[side]) for row in cells) for side in (0, 1)]
+            if self.names[:2] == ["user", "item"] and asins == [True, False]:  # Amazon's lists of ratings
+                self.names[:2] = ["item", "user"]
             self.repairs["no header, columns taken as"] = ", ".join(self.names)
         else:
             raise ValueError(f"{self.path}: no header line, and {len(cells[0])} columns; write their names into line 1")
@@ -233,12 +254,21 @@ class _Source:
     def _parquet(self, wanted):
         line = 1
         try:
-            for batch in pq.ParquetFile(self.path).iter_batches(CHUNK, columns=wanted):
-                batch.validate(full=True)  # a text that is no UTF-8 would be noticed much later
-                yield line, batch.to_pandas(ignore_metadata=True, types_mapper=pd.ArrowDtype)
+            file = pq.ParquetFile(self.path)
+            kinds = {name: file.schema_arrow.field(name).type for name in wanted}
+            odd = [name for name, kind in kinds.items() if pa.types.is_nested(kind) or pa.types.is_time(kind)]
+            if odd:
+                raise ValueError(f"column {odd[0]!r} holds {kinds[odd[0]]}, not texts, numbers or dates")
+            for batch in file.iter_batches(CHUNK, columns=wanted):
+                table = pa.table({  # texts that were written as bytes
+                    name: batch[name].cast(pa.string()) if pa.types.is_binary(kind) else batch[name]
+                    for name, kind in kinds.items()
+                })  # fmt: skip
+                table.validate(full=True)  # a text that is no UTF-8 would be noticed much later
+                yield line, table.to_pandas(ignore_metadata=True, types_mapper=pd.ArrowDtype)
                 line += len(batch)
         except Exception as error:  # Arrow has many kinds of its own
-            raise ValueError(f"{self.path}: a damaged Parquet file ({_line(error)})") from None
+            raise ValueError(f"{self.path}: a Parquet file that cannot be read ({_line(error)})") from None
 
     def _json_line(self, number, text):
         try:
@@ -250,21 +280,27 @@ class _Source:
         return row
 
     def _json(self, wanted):
-        with self.path.open(encoding=self.encoding, errors="replace") as file:
+        with self.path.open(encoding=self.encoding) as file:
             for first in count(1, CHUNK):
                 lines = list(islice(file, CHUNK))
                 if not lines:
                     return
                 rows = [self._json_line(first + at, line) if line.strip() else {} for at, line in enumerate(lines)]
-                yield (
-                    first,
-                    pd.DataFrame([[row.get(name) for name in wanted] for row in rows], columns=wanted, dtype=object),
-                )
+                cells = [[row.get(name) for name in wanted] for row in rows]
+                nested = [any(isinstance(cell, (list, dict)) for cell in row) for row in cells]
+                if any(nested):
+                    raise ValueError(
+                        f"{self.path}, line {first + nested.index(True)}: a list or an object in one of "
+                        f"{', '.join(wanted)}; give texts or numbers"
+                    )
+                yield first, pd.DataFrame(cells, columns=wanted, dtype=object)
 
     def _text(self, wanted):
         options = {"dtype": str, "keep_default_na": False, "na_filter": False, "encoding": self.encoding}
         options |= {"sep": self.separator, "engine": "python" if len(self.separator) > 1 else "c"}
         options |= {"names": self.names, "header": None, "index_col": False, "skip_blank_lines": False}
+        if self.separator == ";" and "isbn" in map(_plain, self.names):  # Book-Crossing writes \" inside a title
+            options["escapechar"] = "\\"
         line = self.blank + 1 + self.header
         try:
             with warnings.catch_warnings():
@@ -282,6 +318,13 @@ class _Source:
                 raise
             reason = _line(error).removeprefix("Error tokenizing data. C error: ")
             raise ValueError(f"{self.path}: {reason}; is a quotation mark left open, or a line broken?") from None
+
+
+def _is_utf8(line):
+    try:
+        return bool(line.decode() or True)
+    except UnicodeDecodeError:
+        return False
 
 
 def _line(error):
@@ -341,8 +384,8 @@ class _Reading:
         numbers = {role: self.numbered(role, ids[role][keep]) for role in ("user", "item")}
         if "title" in cells:
             for item, title in zip(numbers["item"], _texts(cells["title"])[keep]):
-                if title:
-                    self.title_of.setdefault(item, title)
+                if title and self.title_of.setdefault(item, title) != title:
+                    self.add("titles other than the first of their item, left out")
         self.parts.append(pd.DataFrame(numbers | {"value": value[keep].astype(np.float32), "time": time[keep]}))
 
     def identified(self, first, role, cells):
@@ -415,6 +458,12 @@ class _Reading:
                     "seconds since 1970"
                 )
             return np.where(none, NO_TIME, number.astype(np.int64))
+        vague = ~(none | texts.str.contains(r"\d{4}") | texts.str.match(DATE)).to_numpy()  # "10:30" would be today
+        if vague.any():
+            raise ValueError(
+                f"{self.line(first, vague.argmax())}: the time is {texts.iloc[vague.argmax()][:40]!r}; give a date "
+                "with its year, or seconds since 1970"
+            )
         self.order_of_dates(first, texts)
         read = partial(pd.to_datetime, format="mixed", utc=True, errors="coerce")
         year_first = texts.str.match(r"\d{4}")  # then the month comes next, whatever other dates begin with
@@ -459,7 +508,7 @@ class _Reading:
             )
 
     def finished(self, source, titles):
-        rows = pd.concat(self.parts, ignore_index=True)
+        rows = pd.concat(self.parts, ignore_index=True) if self.parts else ()
         if not len(rows):
             raise ValueError(f"{self.path}: no row has a user, an item and a rating")
         report = {
@@ -478,6 +527,8 @@ class _Reading:
             except ValueError as error:
                 raise ValueError(f"{self.path}: {error}") from None
             rows = rows.sort_values("time", kind="stable")
+            if rows.time.max() < 10_000_000:
+                report["times are small"] = "taken as seconds, all of early 1970; are they days or years? Give dates"
             if len(self.zones) == 2:
                 report["times with and without a zone"] = "those without are taken as UTC"
         else:
@@ -487,7 +538,7 @@ class _Reading:
         rows = rows[~again].reset_index(drop=True)
         users, rows["user"] = self.sorted_ids("user", rows.user)
         items, rows["item"] = self.sorted_ids("item", rows.item)
-        names, told = self.titles(items, titles)
+        names, told = self.titles(items, titles)  # before `count` is read: it adds to it
         report |= {"rows": len(rows), "rows without user, item or rating, left out": self.left_out}
         report |= {"same user, item and time, all but the last left out": int(again.sum())} | self.count
         report |= {"users": len(users), "items": len(items)} | told
@@ -513,12 +564,14 @@ class _Reading:
         """(title of each item, what there is to report)."""
         known = {name: self.title_of.get(number) for name, number in self.ids["item"].items()}
         if path is not None:
-            known |= _read_titles(Path(path))
+            listed, more = _read_titles(Path(path))
+            known |= listed
+            self.add("titles other than the first of their item, left out", more)
         written = [known.get(item) or "" for item in items]
-        titles = [html.unescape(title) for title in written]
+        titles = [re.sub(r"</?[a-zA-Z][^<>]*>", "", html.unescape(title)).strip() for title in written]
         lacking = sum(not title.strip() for title in titles)
         told = {"items without a title, shown by their id": lacking}
-        told["titles with marks such as &amp;, unescaped"] = sum(map(str.__ne__, written, titles))
+        told["titles with marks such as &amp; or <i>, cleaned"] = sum(map(str.__ne__, written, titles))
         told["titles that several items have"] = len(titles) - lacking - len({t for t in titles if t.strip()})
         return [title if title.strip() else item for title, item in zip(titles, items)], told
 
@@ -533,14 +586,19 @@ def _texts(cells):
 
 
 def _read_titles(path):
-    """{item: title} of a file with both."""
-    _fingerprint(path)
+    """({item: its first title}, how many others were left out) of a file with both."""
+    before = _fingerprint(path)
     source = _Source(path, unnamed=("item", "title", "kinds"))
     wanted = [_find(source.names, role) for role in ("item", "title")]
     if None in wanted:
         raise ValueError(f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}")
-    pairs = (zip(*(_texts(frame[name]) for name in wanted)) for _, frame in source.chunks(wanted))
-    return {item: title for some in pairs for item, title in some if title}
+    first, more = {}, 0
+    for _, frame in source.chunks(wanted):
+        for item, title in zip(*(_texts(frame[name]) for name in wanted)):
+            more += bool(title) and first.setdefault(item, title) != title
+    if _fingerprint(path) != before:
+        raise ValueError(f"{path} was changed while it was read; read it again when nothing writes it")
+    return first, more
 
 
 # --------------------------------------------------------------------------------------------------- a second data set

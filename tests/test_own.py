@@ -54,7 +54,7 @@ def test_any_separator_and_line_end(tmp_path, separator, ending):
 def test_any_encoding(tmp_path, encoding):
     read = bo.read_interactions(write(tmp_path, TEXT.replace("Film A", "Amélie"), encoding=encoding))
     assert rows_of(read) == WANTED and "Amélie" in read.titles
-    assert ("not UTF-8, read as Windows-1252" in read.report) == (encoding == "cp1252")
+    assert ("not UTF-8, all of it read as Windows-1252" in read.report) == (encoding == "cp1252")
 
 
 def test_parquet_and_json_lines_give_the_same(tmp_path):
@@ -118,7 +118,7 @@ def test_blanks_around_ids_and_marks_in_titles_are_counted(tmp_path):
     text = "user,item,rating,title\nu1,1,5,AT&amp;T\n u1,2,1,B\nu1 ,3,4,C\n"
     report = bo.read_interactions(write(tmp_path, text)).report
     assert report["users"] == 1 and report["ids with blanks around them, cut"] == 2
-    assert report["titles with marks such as &amp;, unescaped"] == 1
+    assert report["titles with marks such as &amp; or <i>, cleaned"] == 1
 
 
 @pytest.mark.parametrize("form", ["Mon {}", "10:00 {}", "{} 10:00:00", "{}T10:00"])
@@ -141,6 +141,72 @@ def test_a_date_that_begins_with_the_year_says_its_order(tmp_path):
     for date in ("2020-01-02 03:04:05", "2020-01-02T03:04:05.678", "2020 01 02 10:30", "2020-01-02 10:00+02:00"):
         read = bo.read_interactions(write(tmp_path, f"user,item,rating,date\n1,1,5,{date}\n2,1,5,2021-05-06\n"))
         assert pd.to_datetime(read.rows.time.min(), unit="s").date().isoformat() == "2020-01-02", date
+
+
+def test_days_count_before_times_of_day_and_small_numbers_are_told(tmp_path):
+    text = "user,item,rating,date,time\n1,1,5,2001-05-06,10:30\n2,2,1,2009-01-02,09:15\n"
+    read = bo.read_interactions(write(tmp_path, text))
+    assert pd.to_datetime(read.rows.time, unit="s").dt.year.tolist() == [2001, 2009]
+    for times, told in (((43831, 43900), True), ((2019, 2020), True), ((964982703, 964982803), False)):
+        read = bo.read_interactions(write(tmp_path, "user,item,rating,time\n1,1,5,{}\n2,2,1,{}\n".format(*times)))
+        assert ("times are small" in read.report) == told
+
+
+def test_ids_that_a_program_wrote_for_none_are_nobody(tmp_path):
+    ids = ("NA", "N/A", "#N/A", "NULL", "Nathan")
+    read = bo.read_interactions(write(tmp_path, "user,item,rating\n" + "".join(f"{name},1,5\n" for name in ids)))
+    assert read.users == ["Nathan"] and read.report["ids such as NULL or nan, taken as missing"] == 4
+
+
+def test_parquet_texts_may_be_bytes_and_other_kinds_are_refused(tmp_path):
+    table = {
+        "user": [b"u1", "Jos\u00e9".encode()],
+        "item": ["a", "b"],
+        "rating": [5, 1],
+        "title": [b"Am\xc3\xa9lie", b"B"],
+    }
+    path = tmp_path / "r.parquet"
+    pd.DataFrame(table).to_parquet(path)
+    read = bo.read_interactions(path)
+    assert read.users == ["Jos\u00e9", "u1"] and read.titles == ["Am\u00e9lie", "B"]
+    for column, values, said in (
+        ("user", [[1], [2]], "column 'user' holds list<"),
+        ("time", pd.to_datetime(["2020-01-01 10:30", "2020-01-02 11:00"]).time, "column 'time' holds time64"),
+    ):
+        pd.DataFrame(table | {column: values}).to_parquet(path)
+        with pytest.raises(ValueError, match=f"r.parquet: a Parquet file that cannot be read .{said}"):
+            bo.read_interactions(path)
+    pd.DataFrame(table).head(0).to_parquet(path)
+    with pytest.raises(ValueError, match=r"r\.parquet: no row has a user"):
+        bo.read_interactions(path)
+
+
+def test_lists_of_ratings_whose_items_stand_first(tmp_path):
+    amazon = "0001713353,A1C6M8LCIX4M6M,5.0,1123804800\nB00006HAXW,A1RSDE90N6RSZF,1.0,1123804900\n"
+    read = bo.read_interactions(write(tmp_path, amazon))
+    assert read.users == ["A1C6M8LCIX4M6M", "A1RSDE90N6RSZF"] and read.items == ["0001713353", "B00006HAXW"]
+    assert read.report["no header, columns taken as"] == "item, user, rating, timestamp"
+
+
+def test_official_files_of_titles(tmp_path):
+    ratings = write(tmp_path, "1\t1\t5\t881250949\n2\t2\t1\t881250950\n", "u.data")
+    rest = "|01-Jan-1995||http://x|" + "|".join("0" * 19)
+    films = write(tmp_path, f"1|Toy Story (1995){rest}\n2|C\u00e9line (1992){rest}\n", "u.item", "latin-1")
+    assert bo.read_interactions(ratings, titles=films).titles == ["Toy Story (1995)", "C\u00e9line (1992)"]
+    ratings = write(tmp_path, '"User-ID";"ISBN";"Book-Rating"\n"1";"a";"4"\n"2";"b";"9"\n', "ratings.csv")
+    books = '"ISBN";"Book-Title"\n"a";"The \\"Real; Thing\\" Again"\n"b";"B"\n'
+    read = bo.read_interactions(ratings, titles=write(tmp_path, books, "books.csv"))
+    assert read.titles == ['The "Real; Thing" Again', "B"]
+
+
+def test_an_item_keeps_its_first_title_without_markup(tmp_path):
+    text = "user,item,rating,title\n1,a,5,<i>Emma</i>\n2,a,1,Alien\n3,b,4,A &lt;b&gt;X <3\n"
+    read = bo.read_interactions(write(tmp_path, text))
+    assert read.titles == ["Emma", "A X <3"] and read.report["titles with marks such as &amp; or <i>, cleaned"] == 2
+    assert read.report["titles other than the first of their item, left out"] == 1
+    listed = write(tmp_path, "item,title\na,Emma\na,Alien\na,Emma\nb,B\n", "titles.csv")
+    read = bo.read_interactions(write(tmp_path, "user,item,rating\n1,a,5\n2,b,1\n"), titles=listed)
+    assert read.titles == ["Emma", "B"] and read.report["titles other than the first of their item, left out"] == 1
 
 
 def test_exports_of_one_person(tmp_path):
@@ -268,10 +334,18 @@ def test_titles_come_from_a_second_file(tmp_path):
         (b"user,item,rating,date\n1,2,3,25/04/2020\n2,2,3,04/25/2020\n", "say dayfirst"),
         (b'user,item,rating\n1,"' + b"x" * 200_000 + b'",3\n', "field larger than"),
         (b'{"user": 1, "item": 2, "rating": 3}\n[1]\n', "line 2: not an object of JSON"),
-        (b"user,item,rating,time\n1,2,3,yesterday\n", "line 2: the time is 'yesterday'; give a date or seconds"),
+        (b"user,item,rating,time\n1,2,3,yesterday\n", "line 2: the time is 'yesterday'; give a date with its year"),
         (b'user,item,rating\n1,"2,3\n4,5,6\n', "is a quotation mark left open, or a line broken"),
         (b"user,item,rating\n1,2,3\n1,2,3,4,5\n", "is a quotation mark left open, or a line broken"),
         (b"user,item,rating\n,,\n", "no row has a user, an item and a rating"),
+        (b"user,item,rating,time\n1,2,3,10:30\n", "line 2: the time is '10:30'; give a date with its year"),
+        (b"user,item,rating,time\n1,2,3,2020-01-02\n1,2,3,Jan 5\n", "line 3: the time is 'Jan 5'; give a date"),
+        (
+            b'{"user": 1, "item": 2, "rating": 3}\n{"user": [1], "item": 2, "rating": 3}\n',
+            "line 2: a list or an object",
+        ),
+        (b'{"user": "\x81\x8f", "item": 2, "rating": 3}\n', "line 1: neither UTF-8 nor Windows-1252"),
+        (b"user,item,rating\n1,2,3\n\x81,2,3\n", "line 3: neither UTF-8 nor Windows-1252"),
         (b'{"user": 1, "item"\n', "line 1: not JSON"),
         (b'{"user": 1, "item": 2, "rating": 3}\n{"user"\n', "line 2: not JSON"),
     ],
@@ -295,6 +369,23 @@ def test_a_file_that_is_not_there_or_changes_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(bo._Reading, "take", meanwhile)
     with pytest.raises(ValueError, match=r"ratings\.csv was changed while it was read"):
         bo.read_interactions(path)
+    monkeypatch.undo()
+    titles, chunks = write(tmp_path, "item,title\n30,A\n", "titles.csv"), bo._Source.chunks
+
+    def later(self, wanted):
+        yield from chunks(self, wanted)
+        titles.write_text("item,title\n30,Another\n")
+
+    monkeypatch.setattr(bo._Source, "chunks", later)
+    with pytest.raises(ValueError, match=r"titles\.csv was changed while it was read"):
+        bo.read_interactions(write(tmp_path, TEXT), titles=titles)
+
+
+def test_a_million_people_and_one_item(tmp_path):
+    path = write(tmp_path, "user,item,rating\n" + "".join(f"{n},x,{1 + 4 * (n % 2)}\n" for n in range(1_000_000)))
+    read = bo.read_interactions(path)
+    assert (len(read.users), read.items, len(read.rows)) == (1_000_000, ["x"], 1_000_000)
+    assert read.users[-1] == "999999" and read.rows.value.sum() == 3_000_000
 
 
 def test_other_columns_can_be_asked_for(tmp_path):
