@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def parser():
         command.set_defaults(how=how)
         return command
 
-    add("try", try_out)
+    out = add("try", try_out)
+    out.add_argument("--ask", type=int, metavar="ROWS", help="ask an LLM too, about so many rows; half a second each")
+    out.add_argument("--things", default="movie", help="what the items are, in the singular: book, song, article")
     codes = add("codes", make_codes)
     codes.add_argument("--out", required=True, help="the file to write, .npz")
     codes.add_argument("--bits", type=int, default=32)
@@ -148,18 +151,37 @@ def try_out(asked):
     """do codes rank better than counting on your data? a report and a verdict
 
     On the latest tenth of the rows, learned now; and once more with what users had rated before each of those rows.
+    With --ask, on some of these rows, also an LLM that reads titles, and one that reads titles and codes.
     """
     import binllm_serve as bs
 
     dataset, _, _, report = read(asked)
     codes, _ = bu.fit_codes(dataset, recipe=RECIPE)
-    rows = dataset.test
+    rows = bu.sample_rows(dataset.test, asked.ask) if asked.ask else dataset.test
     scores = {"counting": bu.popularity_baseline(dataset, rows), "counting so far": bs.counting_before(dataset, rows)}
     scores["codes"], (now, _) = codes.similarity(rows), bs.codes_before(dataset, codes, rows)
     scores["codes so far"] = bu.hamming_similarity(now, codes.items[rows.item])
-    table, sentence = bo.verdict(dataset.test, scores)
+    seconds = {}
+    for reader in bs.READERS if asked.ask else ():
+        began = time.perf_counter()
+        scores[f"LLM, {reader}"] = shipped(reader, dataset, codes, rows, asked.things)
+        seconds[f"LLM, {reader}"] = round((time.perf_counter() - began) / len(rows), 3)
+    table, sentence = bo.verdict(rows, scores)
+    table["seconds a row"] = pd.Series(seconds, dtype=float)
     table = table.astype(object).where(table.notna(), None)  # JSON has no NaN
+    report |= bo.shares(dataset)
     return {"report": report, "table": table.to_dict("index"), "verdict": sentence.splitlines()}
+
+
+def shipped(reader, dataset, codes, rows, things):
+    """P(Yes) of `rows` by one of `bs.READERS`, as its lessons left it: it has seen no row of these data."""
+    import binllm_extras as bx
+    import binllm_serve as bs
+
+    style, adapter = bs.READERS[reader]
+    model, tokenizer = bu.load_llm()
+    prompts = bs.prompts_before(dataset, codes, rows, bo.template_about(style, things))
+    return bu.score(bx.load_shipped(model, adapter), tokenizer, prompts)
 
 
 def make_codes(asked):
@@ -252,12 +274,15 @@ def main(arguments=None):
         bu.quiet()
         with redirect_stdout(sys.stderr):
             answer = asked.how(asked)
+        if first():
+            print(json.dumps(answer, indent=2, allow_nan=False), flush=True)
+    except BrokenPipeError:  # whoever asked has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so once more at its end
+        return 1
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    if first():
-        print(json.dumps(answer, indent=2, allow_nan=False))
     return 0

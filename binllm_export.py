@@ -18,7 +18,8 @@ def merged(model):
     """A plain float32 LLM, on the CPU, that answers as `model` with its LoRA adapter does: W + alpha/r B A in each one.
 
     NF4 weights are unpacked first, exactly, for the adapter was tuned on their rounded values: merged into the weights
-    before rounding it would answer a little differently. Raises ValueError for a model without an adapter.
+    before rounding it would answer a little differently. Raises ValueError for a model without an adapter, and for one
+    that a sum of weights does not say: DoRA, layers trained whole, several adapters, LoRA on tied word vectors.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft import PeftModel
@@ -26,8 +27,12 @@ def merged(model):
 
     if not isinstance(model, PeftModel):
         raise ValueError("this model carries no adapter; give what bu.tune or bu.load_adapter returned")
-    base = model.get_base_model()
-    config = base.config
+    base, adapter = model.get_base_model(), model.peft_config.get("default")
+    config, embeddings = base.config, (base.get_input_embeddings(), base.get_output_embeddings())
+    tied = config.get_text_config().tie_word_embeddings and any(isinstance(table, LoraLayer) for table in embeddings)
+    whole = adapter and (adapter.use_dora or adapter.modules_to_save or adapter.trainable_token_indices)
+    if set(model.peft_config) != {"default"} or whole or tied:
+        raise ValueError("merged takes one plain LoRA adapter, as bu.tune makes it; this model carries another kind")
     name, layers = model.name_or_path, config.get_text_config().num_hidden_layers
     plain, _ = bu.load_llm(name, nf4=False, layers=layers)
     plain = plain.cpu().float()
@@ -110,10 +115,12 @@ def write_gguf(model, path, half=True):
     import gguf
 
     config = model.config
-    if (config.model_type, config.vocab_size, config.hidden_size) != ("llama", 49152, 576):
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, *heads.values())
+    theta = config.rope_parameters["rope_theta"] if config.model_type == "llama" else None
+    if (sizes, theta) != ((49152, 576, 1536, 9, 3), 100_000):  # what else that file's settings say
         raise ValueError(f"no GGUF to take the tokenizer of {model.name_or_path} from; use convert_hf_to_gguf.py")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     original = _original()
     with replacing(path) as part:
         writer = gguf.GGUFWriter(part, "llama")

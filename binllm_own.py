@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from binllm_data import CACHE, Dataset, Source, _seconds, alone, fetch, replacing
+from binllm_data import CACHE, SPLITS, Dataset, Source, _seconds, alone, fetch, replacing
 
 CHUNK = 500_000  # rows that are in memory as text at once
 NAMES = {  # a column's names in the files that people have, without blanks, dashes and types
@@ -650,6 +650,14 @@ def amazon_book(reviews, books):
 
 
 # -------------------------------------------------------------------------------------------------- prompts and verdict
+def shares(dataset):
+    """What a verdict depends on, for a report: how many test rows are liked, and whose users or items are new."""
+    test, seen = dataset.test, {role: dataset.train[role] for role in ("user", "item")}
+    told = {"training, valid and test rows": ", ".join(f"{len(getattr(dataset, s)):,}" for s in SPLITS)}
+    told["liked, of the test rows"] = f"{test.label.mean():.0%}"
+    return told | {f"of {role}s not in training": f"{(~test[role].isin(ids)).mean():.0%}" for role, ids in seen.items()}
+
+
 def template_about(style, thing):
     """The template that `style` names, with a "book", "song" or "article" where the paper's says "movie"."""
     import binllm_utils as bu

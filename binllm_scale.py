@@ -152,6 +152,8 @@ def score_everywhere(client, load, prompts, rows_a_part=256, progress=True):
     """
     from distributed import as_completed
 
+    if isinstance(prompts, str) or rows_a_part < 1:
+        raise ValueError(f"give a list of prompts, and parts of one row or more; here {rows_a_part} rows a part")
     prompts = list(prompts)  # by place, whatever a Series' index
     threads = {worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()}
     if not len(prompts) or not threads:

@@ -34,8 +34,14 @@ def code_of_ratings(codes, items, labels, average):
 
     The signs of the weights of a logistic regression of `labels` on the items' bits (as -1 and +1), held at `average`,
     float [bits], the mean of known users' codes (as -1 and +1): what remains where nothing is known.
+    Raises ValueError for items that have no code, and for labels other than one 0 or 1 an item.
     """
-    signs = 2.0 * codes.items[np.asarray(items, dtype=int)] - 1
+    items, labels = np.asarray(items), np.asarray(labels)
+    if items.size and (items.dtype.kind not in "iu" or not (items >= 0).all() or not (items < len(codes.items)).all()):
+        raise ValueError(f"items must be whole numbers from 0 to {len(codes.items) - 1}, as items have codes")
+    if labels.shape != items.shape or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{labels.size} labels of {items.size} items; give each item one, 0 or 1")
+    signs = 2.0 * codes.items[items.astype(int)] - 1
     if not len(signs):
         return (average > 0).astype(np.uint8)
     vectors = np.c_[SCALE / codes.bits * signs, np.zeros(len(signs))]  # the last number would be an offset
@@ -53,6 +59,18 @@ def codes_before(dataset, codes, rows):
     for places, items, labels in bx.ratings_before(dataset, rows):
         known[places], found[places] = len(items), code_of_ratings(codes, items, labels, average)
     return found, known
+
+
+# What ships to ask an LLM with: style of prompt, adapter.
+READERS = {"titles": ("text", "all_titles"), "titles and codes": (bx.BIT_BY_BIT, "pairs")}
+
+
+def prompts_before(dataset, codes, rows, style):
+    """One prompt a row, with the likes and the code (`codes_before`) of its user just before it: a list of texts."""
+    titles = [dataset.titles[item] for item in rows.item]
+    likes = [[dataset.titles[item] for item in mine] for mine in bu.liked_before(dataset, rows)]
+    now, _ = codes_before(dataset, codes, rows)
+    return bu.fill(*bu.prompt_fields(style, titles, likes, now, codes.items[rows.item]))
 
 
 def counting_before(dataset, rows, k=5):
@@ -163,6 +181,8 @@ class Recommender:
 
         A new rating takes the place of older ones of its item. Raises ValueError for nobody: no user and no rating.
         """
+        if isinstance(likes, str) or isinstance(dislikes, str):  # else each letter would be an item
+            raise ValueError("likes and dislikes are lists of items, not one text")
         items, labels = np.empty(0, int), np.empty(0, int)
         if user is not None:
             user = self.users.find(user)
@@ -200,7 +220,7 @@ class Recommender:
         p; without an LLM p is NaN. What is equal is ordered by similarity, then by how often it was rated. item: the id
         as the data has it, or the item's place. Raises ValueError as `taste` and `Names.find` do.
         """
-        if n < 1:
+        if n < 1 or n % 1:
             raise ValueError(f"n is {n}; ask for one item or more")
         code, liked, known = self.taste(user, likes, dislikes)
         items = self.nearest(code, known, n if self.model is None else max(n, candidates))

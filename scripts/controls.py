@@ -1,6 +1,6 @@
 """Is it the bits? The reader of codes, asked again with one thing in its prompts made false. python scripts/controls.py
 
-Half an hour on two cores; run again, it goes on where it was stopped. The reader is the run `bit lessons` of results.py,
+Half an hour on two cores; run again, it goes on where it was stopped. The reader is the run `bit lessons`, results.py,
 taught by made-up codes alone; it reads the default codes bit by bit. Some test rows are asked about with another user's
 code, random codes, false likes and so on; and of one row of each of some users every bit of the user's code is turned
 over, one at a time. The files: controls.parquet, P(Yes), a column a change; flips.csv, a line a turned bit, the first

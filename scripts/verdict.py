@@ -19,22 +19,12 @@ import adapters
 import records
 import results
 
-import binllm_extras as bx
 import binllm_own as bo
 import binllm_serve as bs
 import binllm_utils as bu
 
 FOLDER = ROOT / "data" / "results" / "ml-100k"
 ROWS, TUNING_ROWS, LR = 1500, 512, 1e-4
-READERS = {"titles": ("text", "all_titles"), "titles and codes": (bx.BIT_BY_BIT, "pairs")}  # style, adapter
-
-
-def prompts_so_far(dataset, codes, rows, style):
-    """One prompt a row, with the likes and the code of its user just before it: a list of texts."""
-    titles = [dataset.titles[item] for item in rows.item]
-    likes = [[dataset.titles[item] for item in mine] for mine in bu.liked_before(dataset, rows)]
-    now, _ = bs.codes_before(dataset, codes, rows)
-    return bu.fill(*bu.prompt_fields(style, titles, likes, now, codes.items[rows.item]))
 
 
 def note(folder, rows, method, scores, **cost):
@@ -55,12 +45,12 @@ def without_llm(folder, dataset, codes, rows):
 
 
 def with_llm(folder, dataset, codes, rows, reader, tuning=None):
-    """One of READERS, as its lessons left it or tuned; tuning: (data set, codes, rows) to tune it on."""
-    style, adapter = READERS[reader]
+    """One of `bs.READERS`, as its lessons left it or tuned; tuning: (data set, codes, rows) to tune it on."""
+    style, adapter = bs.READERS[reader]
     method, learned = f"LLM, {reader}", []
     if tuning:
-        method, learned = f"{method}, tuned", prompts_so_far(*tuning, style)
-    asked = prompts_so_far(dataset, codes, rows, style)
+        method, learned = f"{method}, tuned", bs.prompts_before(*tuning, style)
+    asked = bs.prompts_before(dataset, codes, rows, style)
     key = bu.digest([*asked, *learned, results.shipped_sha256(adapter), str(LR)])
     if records.has_row(folder / "verdict.csv", {"method": method, "made_from": key}):
         return print(f"{method}: there already", flush=True)
@@ -84,7 +74,7 @@ def main():
     then = adapters.cut_earlier(dataset)
     tuning = then, bu.cached_codes(then, recipe="distinct"), bu.sample_rows(then.test, TUNING_ROWS)
     without_llm(FOLDER, dataset, codes, rows)
-    for learn, readers in ((None, READERS), (tuning, reversed(READERS))):
+    for learn, readers in ((None, bs.READERS), (tuning, reversed(bs.READERS))):
         for reader in readers:
             with_llm(FOLDER, dataset, codes, rows, reader, learn)
 

@@ -54,6 +54,29 @@ def test_the_verdict_of_a_file(ratings, capsys):
     )
 
 
+def test_a_verdict_may_ask_an_llm_about_some_rows(ratings, capsys, small_llm, monkeypatch):
+    asked, whole = [], bu.score
+    monkeypatch.setattr(
+        bu, "score", lambda model, tokenizer, prompts: asked.append(prompts) or whole(model, tokenizer, prompts)
+    )
+    found = said(capsys, "try", ratings, "--ask", 20, "--things", "book")
+    table = found["table"]
+    assert list(table)[-2:] == ["LLM, titles", "LLM, titles and codes"] and table["codes"]["seconds a row"] is None
+    assert table["LLM, titles"]["seconds a row"] > 0 and [len(prompts) for prompts in asked] == [20, 20]
+    assert all("books" in prompt and "movie" not in prompt for prompts in asked for prompt in prompts)
+    assert found["verdict"][0].startswith("On 20 rows")
+    assert all(line.startswith("LLM, titles and codes against ") for line in found["verdict"][1:])
+    assert found["report"]["training, valid and test rows"] == "320, 41, 39"
+    assert {"liked, of the test rows", "of users not in training", "of items not in training"} <= set(found["report"])
+
+
+def test_who_asked_may_be_gone_when_the_answer_comes(ratings):
+    run = subprocess.run(
+        f"{sys.executable} -m binllm_utils try {ratings} | true", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
+
+
 def test_the_verdict_on_one_person_is_json(ratings, tmp_path, capsys):
     """Of one user there is no interval, and JSON has no NaN."""
     pd.read_csv(ratings).drop(columns="user").to_csv(tmp_path / "me.csv", index=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import binllm_export as be
@@ -60,6 +60,31 @@ def test_a_gguf_file_read_back_gives_the_same_answers(tmp_path):
             tokenizer = AutoTokenizer.from_pretrained(**source)
         assert np.abs(answers(read, tokenizer) - wanted).max() < close
     assert read.config.num_hidden_layers == 2 and [file.name for file in tmp_path.iterdir()] == ["film.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"use_dora": True}, "default"),
+        ({"modules_to_save": ["lm_head"]}, "default"),
+        ({"target_modules": ["lm_head"]}, "default"),
+        ({}, "another"),
+    ],
+)
+def test_what_no_sum_of_weights_says_is_not_merged(options, name):
+    model, _ = bu.load_llm(layers=1, nf4=False)
+    with pytest.raises(ValueError, match="merged takes one plain LoRA adapter"):
+        be.merged(get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"]} | options), name))
+
+
+def test_a_gguf_file_of_another_llama_is_refused(tmp_path):
+    """The settings of the file come from the default LLM's."""
+    for changed in ({"num_key_value_heads": 9}, {"intermediate_size": 64}, {"rope_parameters": {"rope_theta": 1e4}}):
+        model, _ = bu.load_llm(layers=1, nf4=False)
+        for key, value in changed.items():
+            setattr(model.config, key, value)
+        with pytest.raises(ValueError, match=r"convert_hf_to_gguf\.py"):
+            be.write_gguf(model, tmp_path / "x.gguf")
 
 
 def test_what_has_no_adapter_or_another_tokenizer_is_refused(tmp_path):

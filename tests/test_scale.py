@@ -203,6 +203,12 @@ def test_prompts_go_by_place_whatever_their_index(monkeypatch):
     assert bs.score_everywhere(client, None, prompts, rows_a_part=3, progress=False).tolist() == [3, 1, 0, 2]
 
 
+def test_one_text_is_no_list_of_prompts_and_parts_have_rows():
+    for prompts, rows in (("hello", 256), (["a", "b"], 0), (["a", "b"], -1)):
+        with pytest.raises(ValueError, match=f"here {rows} rows a part"):
+            bs.score_everywhere(None, None, prompts, rows_a_part=rows)
+
+
 @pytest.mark.parametrize(
     "threads, prompts, said",
     [

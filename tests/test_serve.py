@@ -66,6 +66,29 @@ def test_thousands_of_equal_ratings_are_no_trouble(codes):
     assert np.array_equal(code, codes.items[4])
 
 
+@pytest.mark.parametrize(
+    ("items", "labels", "said"),
+    [
+        ([-1], [1], "items must be whole numbers from 0"),
+        ([1.7], [1], "items must be whole numbers from 0"),
+        ([10**6], [1], "items must be whole numbers from 0"),
+        ([1, 2, 3], [1], "1 labels of 3 items"),
+        ([1], [5], "1 labels of 1 items; give each item one, 0 or 1"),
+        ([1, 2], [1, np.nan], "give each item one, 0 or 1"),
+    ],
+)
+def test_a_code_of_ratings_that_make_no_sense_is_refused(codes, items, labels, said):
+    with pytest.raises(ValueError, match=said):
+        bs.code_of_ratings(codes, items, labels, np.zeros(codes.bits))
+
+
+def test_one_text_is_no_list_of_likes(made):
+    with pytest.raises(ValueError, match="likes and dislikes are lists of items, not one text"):
+        made.recommend(likes="12")
+    with pytest.raises(ValueError, match=r"n is 2\.5"):
+        made.recommend(user=0, n=2.5)
+
+
 def test_codes_before_a_row_know_nothing_of_it_or_later(toy, codes):
     rows = toy.test.head(30)
     found, known = bs.codes_before(toy, codes, rows)

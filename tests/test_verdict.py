@@ -41,10 +41,10 @@ def asked(tmp_path, monkeypatch):
 def test_a_prompt_knows_what_was_rated_before_its_row_and_no_more(toy, toy_codes):
     rows = toy.test
     style = "{likes} | {title} | {user} | {item}"
-    prompts = verdict.prompts_so_far(toy, toy_codes, rows, style)
+    prompts = verdict.bs.prompts_before(toy, toy_codes, rows, style)
     later = toy.test.assign(label=1 - toy.test.label)  # whatever users will say of these rows and after them
     first = rows.timestamp == rows.groupby("user").timestamp.transform("min")
-    changed = verdict.prompts_so_far(replace(toy, test=later), toy_codes, later, style)
+    changed = verdict.bs.prompts_before(replace(toy, test=later), toy_codes, later, style)
     assert first.any() and not first.all() and prompts != changed
     assert [a for a, mine in zip(prompts, first) if mine] == [b for b, mine in zip(changed, first) if mine]
     now, _ = verdict.bs.codes_before(toy, toy_codes, rows)
@@ -59,14 +59,16 @@ def test_each_reader_is_asked_once_as_it_was_left_and_once_tuned(toy, toy_codes,
     other = bu.Codes(1 - toy_codes.users, toy_codes.items)
     for _ in range(2):  # the second time all is there already
         for learned in (None, (then, other, tuned_on)):
-            for reader in verdict.READERS:
+            for reader in verdict.bs.READERS:
                 verdict.with_llm(tmp_path, toy, toy_codes, rows, reader, learned)
     models = [f"{bu.SMOLLM2} after {name}" for name in ("all_titles", "pairs")]
     assert [step[0] for step in asked] == [*models, "tuned", models[0], "tuned", models[1]]
     titles, codes, tuned = asked[0][1], asked[1][1], asked[2]
     assert all("alike?" in prompt for prompt in codes) and not any("alike?" in prompt for prompt in titles)
     assert asked[3][1] == titles and tuned[2] == list(tuned_on.label) and tuned[3] == {"lr": verdict.LR}
-    assert asked[4][1] == verdict.prompts_so_far(then, other, tuned_on, verdict.bx.BIT_BY_BIT)  # the codes of then
+    assert asked[4][1] == verdict.bs.prompts_before(
+        then, other, tuned_on, verdict.bs.bx.BIT_BY_BIT
+    )  # the codes of then
     table = pd.read_csv(tmp_path / "verdict.csv").set_index("method")
     assert table.tuning_rows.fillna(0).tolist() == [0, 0, 8, 8] and (table.seconds_per_row == 2).all()
     assert not any((tmp_path / "cache" / "checkpoints").iterdir())
