@@ -2,9 +2,6 @@
 
 python scripts/adapters.py literacy    teach the default LLM to read codes, on made-up codes alone: an hour
 python scripts/adapters.py pairs       the same for codes that stand bit by bit: half an hour
-python scripts/adapters.py codes       how well the codes do that `long` could read, on valid: a minute
-python scripts/adapters.py long        more of what `pairs` taught, at the length of the codes chosen, then tuning on
-                                         the training split, chapter by chapter, until valid says stop
 python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: 80 minutes
 python scripts/adapters.py all_titles  the same of all films, from there: as long
 
@@ -32,8 +29,8 @@ ADAPTERS = ROOT / "data" / "adapters"
 SHORT = {"alike": bx.ALIKE, "pairs": bx.ALIKE_PAIRS}
 STYLES = {"side by side": bx.SIDE_BY_SIDE, "bit by bit": bx.BIT_BY_BIT}  # others are those of `bu.build_prompts`
 # For each adapter its courses. Each is one run of `tune`: (highest learning rate, lessons); the next goes on from its
-# weights. A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`, and where it is not one, the
-# questions about each row of the training split. Short codes first, whole prompts last.
+# weights. A lesson: where the two codes stand, bits, questions, `spread` of `code_pairs`. Short codes first, whole
+# prompts last.
 COURSES = {
     "literacy": (
         (
@@ -76,28 +73,23 @@ def descent(dataset, bits=32, seed=0):
     return bu.cached_codes(dataset, bits, seed, "descent-1")
 
 
-def lesson(dataset, where, bits, n, spread, per_row=1, *, seed):
+def lesson(dataset, where, bits, n, spread, *, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
     where: "alike" for `bx.ALIKE` alone, "pairs" for `bx.ALIKE_PAIRS`, or a style of prompt about a row of the training
-    split, each with a user and a film of its own; there are some 500 such rows. Of each row `per_row`
-    questions follow one another, which `bu.tune` is quick to read, for they begin alike.
+    split, each with a user and a film of its own; there are some 500 such rows.
     """
     if where in ("alike", "pairs"):
         pairs = bx.code_pairs(n, bits, seed, spread)
         return bx.code_questions(pairs, SHORT[where]), bx.alike(bu.hamming_similarity(pairs.users, pairs.items))
     rows = dataset.train.sample(frac=1, random_state=seed).drop_duplicates("user").drop_duplicates("item")
-    if len(rows) * per_row < n:
+    if len(rows) < n:
         raise ValueError(f"{n} questions asked for, {len(rows)} rows have a user and a film of their own")
-    rows, prompts, labels = rows.head(n // per_row), [], []
-    for turn in range(per_row):
-        pairs = bx.code_pairs(dataset.n_users, bits, seed + 1000 * turn, spread)
-        items = bx.code_pairs(dataset.n_items, bits, seed + 1000 * turn + 1).items
-        items[rows.item] = pairs.items[rows.user]
-        codes = bu.Codes(pairs.users, items)
-        prompts.append(bu.build_prompts(dataset, rows, codes, STYLES.get(where, where)))
-        labels.append(bx.alike(codes.similarity(rows)))
-    return [prompt for asked in zip(*prompts) for prompt in asked], np.stack(labels, 1).ravel()
+    rows, pairs = rows.head(n), bx.code_pairs(dataset.n_users, bits, seed, spread)
+    items = bx.code_pairs(dataset.n_items, bits, seed + 1).items
+    items[rows.item] = pairs.items[rows.user]
+    codes = bu.Codes(pairs.users, items)
+    return bu.build_prompts(dataset, rows, codes, STYLES.get(where, where)), bx.alike(codes.similarity(rows))
 
 
 def literacy(name="literacy"):
@@ -158,25 +150,8 @@ def correlation(p, similarity):
     return float(np.corrcoef(np.log(p / (1 - p)), similarity)[0, 1])
 
 
-def lesson_name(where, bits, n, spread, per_row=1):
+def lesson_name(where, bits, n, spread):
     return f"{where}, {bits} bits" + (", near one half" if spread else "")
-
-
-LONG_LR = 1e-4
-LONG_CODES = (64, 1)  # bits, seed: the best on valid of those in data/results/long_codes.csv
-LONG_LESSONS = (("pairs", 64, 256, 0.1), ("bit by bit", 64, 832, 0.1, 8))
-CHAPTER = 256  # rows
-PATIENCE = 1  # chapters without a better one, after which the run ends
-
-
-def try_codes():
-    """AUC and UAUC of codes alone on valid, for two lengths and five seeds: data/results/long_codes.csv."""
-    dataset = bu.load_ml1m()
-    for bits, seed in itertools.product((32, 64), range(5)):
-        similarity = descent(dataset, bits, seed).similarity(dataset.valid)
-        row = {"bits": bits, "seed": seed, "split": "valid"} | bu.evaluate(dataset.valid, similarity)
-        records.put_row(RECORDS / "long_codes.csv", row, ["bits", "seed"])
-        print(f"{bits} bits, seed {seed}: AUC {row['auc']}, UAUC {row['uauc']}", flush=True)
 
 
 def cut_earlier(dataset):
@@ -190,53 +165,6 @@ def cut_earlier(dataset):
     stop, cut = (when.quantile(share, interpolation="lower") for share in (0.6, 2 / 3))
     early, watched, late = train[when < stop], train[(when >= stop) & (when < cut)], train[when >= cut]
     return bu.Dataset(early, watched, late, dataset.titles, f"{dataset.name}-earlier", dataset.tags)
-
-
-def long():
-    """One-step tuning, bit by bit, on rows that the codes have not seen, until valid says stop; data/adapters/long.
-
-    It begins with what `literacy("pairs")` has taught, and LONG_LESSONS more, at half the rate. Each chapter is a run
-    of `tune` on the next rows of one random order, from the weights of the chapter before. How well it does on valid,
-    before the first and after each, becomes a row of data/results/long.csv; the adapter with the highest sum of AUC and
-    UAUC there is the one kept.
-    """
-    dataset = bu.load_ml1m()
-    codes, then = descent(dataset, *LONG_CODES), cut_earlier(dataset)
-    rows, (codes_then, _) = then.test, bx.fit_descent(then, *LONG_CODES)
-    valid, order = bu.sample_rows(dataset.valid, 500, seed=1), rows.sample(frac=1, random_state=0)
-    asked = bu.build_prompts(dataset, valid, codes, bx.BIT_BY_BIT)
-    similarity = codes.similarity(valid)
-    model, tokenizer = bu.load_llm(nf4=False)
-    model = bu.load_adapter(model, ADAPTERS / "pairs")
-    model, curve = teach(dataset, model, tokenizer, 5e-4, LONG_LESSONS, itertools.count(100), "long-lessons")
-    chapters, curves = [], [curve.assign(chapter=0)]
-    for end in range(0, len(order) + CHAPTER, CHAPTER):
-        part = order.iloc[max(0, end - CHAPTER) : end]
-        if len(part):
-            options = {"batch_size": 16, "lr": LONG_LR, "folder": bu.CACHE / "checkpoints" / f"long-{end}"}
-            learn = bu.build_prompts(dataset, part, codes_then, bx.BIT_BY_BIT)
-            model, curve = bu.tune(model, tokenizer, learn, part.label, **options)
-            curves.append(curve.assign(chapter=len(chapters)))
-        p = bu.score(model, tokenizer, asked)
-        result = {"prompt": "bit by bit", "bits": codes.bits, "rows": min(end, len(order)), "chapter_rows": CHAPTER}
-        result |= {"valid_rows": len(valid)} | bu.evaluate(valid, p)
-        result |= {"hamming_auc": round(bu.auc(valid.label, similarity), 4)}
-        result |= {"correlation": round(correlation(p, similarity), 4)}
-        result["seconds"] = round(curve.seconds.iloc[-1])
-        chapters.append(result)
-        records.put_row(RECORDS / "long.csv", result, ["prompt", "bits", "rows", "chapter_rows"])
-        print(
-            f"{result['rows']:,} of {len(order):,} rows: {result['auc']}/{result['uauc']} on {len(valid)} valid rows",
-            flush=True,
-        )
-        best = int(np.argmax([chapter["auc"] + chapter["uauc"] for chapter in chapters]))
-        if best == len(chapters) - 1:
-            card = {"what": "long: lessons, then the chapters before valid says stop", "llm": model.name_or_path}
-            card |= {"codes": LONG_CODES, "lessons": LONG_LESSONS, "chapters": chapters} | records.stamps()
-            bu.save_adapter(model, ADAPTERS / "long", card, pd.concat(curves))
-        elif len(chapters) - 1 - best >= PATIENCE:
-            print(f"no better than after {chapters[best]['rows']:,} rows, whose adapter is kept")
-            break
 
 
 TITLES = {"lr": 1e-3, "moments": 512, "films": 32}
@@ -297,8 +225,6 @@ if __name__ == "__main__":
     wanted = {
         "literacy": literacy,
         "pairs": partial(literacy, "pairs"),
-        "codes": try_codes,
-        "long": long,
         "titles": titles,
         "all_titles": partial(titles, "all_titles"),
     }

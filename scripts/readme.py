@@ -26,7 +26,6 @@ METHODS = {
     ("codes", "distinct"): "codes alone, through the sign, distinct",
     ("codes", "past"): "**codes alone, trained through the sign**",
     ("codes", "descent"): "codes alone, by descent",
-    ("codes", "descent, so far"): "codes by descent, unseen users by their past so far",
     ("llm", "text"): "LLM, titles only",
     ("llm", "text, history by row"): "LLM, titles only, history by row",
     ("llm", "codes_only"): "LLM, codes only",
@@ -36,14 +35,8 @@ METHODS = {
     ("llm", "text, lr 3e-4"): "LLM, titles only, rate 3e-4 in place of 1e-3",
     ("llm", "codes_only, lr 3e-4"): "LLM, codes only, rate 3e-4",
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
-    ("llm", "literate text"): "LLM that was taught to read codes, titles only",
-    ("llm", "literate codes_only"): "LLM that was taught to read codes, codes only",
-    ("llm", "literate one_step"): "LLM that was taught to read codes, titles + codes, one step",
-    ("llm", "literate two_step"): "LLM that was taught to read codes, titles + codes, two steps",
     ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
-    ("llm", "pairs long"): "LLM, titles + codes bit by bit, taught by made-up codes",
-    ("llm", "pairs long, codes so far"): "the same, codes that keep up",
-    ("llm", "bit lessons, float32"): "LLM, titles + codes bit by bit, taught by made-up codes",
+    ("llm", "bit lessons, float32"): "LLM, titles + codes bit by bit, taught by made-up codes, not in four bits",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
 }
@@ -148,16 +141,17 @@ def results_page(folder):
         "± is the standard deviation over seeds; intervals are over users (bootstrap), with several seeds their mean."
     ]
     parts += ["LLM rows are of weights in four bits (NF4) where the name says nothing else."]
-    groups = list(metrics.groupby(["dataset", "split", "rows", "profile"], sort=False))
-    for (data, split, size, profile), rows in sorted(groups, key=lambda group: group[0][3] == "first edition"):
+    groups = metrics.groupby(["dataset", "split", "rows", "profile"], sort=False)
+    for (data, split, size, profile), rows in groups:
         learned = ", learned from the whole past" if data == "ml-1m-past" else ""
         parts += [f"## {size:,} {split} rows, profile {profile}{learned}", results_table(rows)]
-        if profile == "first edition":
-            parts += ["Codes by descent; LLMs on plain weights (float32) that were taught to read codes beforehand."]
         parts += [f"Made on {' and '.join(sorted(set(rows.hardware)))}; {rows.users.iloc[0]} users count for UAUC."]
     if (folder / "cold.csv").exists():
         parts += ["## What titles add, by how often a film was rated in training", cold_table(folder / "cold.csv")]
-        parts += ["By `scripts/cold.py`; *more*: paired difference from `base`, interval over users, means of seeds."]
+        parts += [
+            "By `scripts/cold.py`. *more*: the paired difference from `base`, mean of the seeds; in brackets, with how"
+        ]
+        parts[-1] += " many of them it is surely up or down, its interval over users all above or below zero."
         parts += ["Cold: a fifth of the films, whose ratings were hidden from all that learned."]
     for name, (title, note) in RECORDED.items():
         if (folder / f"{name}.csv").exists():
@@ -185,8 +179,9 @@ def cold_table(path):
     for (films, method), seeds in table.groupby(["films", "method"], sort=False):
         cells = [films, method, int(seeds.rows.iloc[0]), len(seeds)]
         for metric in ("auc", "uauc"):
-            more, low, high = (seeds[f"{metric}_{name}"].mean() for name in ("more", "more_lo", "more_hi"))
-            cells += [f"{seeds[metric].mean():.3f}", "" if pd.isna(more) else f"{more:+.3f} [{low:+.3f}, {high:+.3f}]"]
+            more, low, high = (seeds[f"{metric}_{name}"] for name in ("more", "more_lo", "more_hi"))
+            sure = f"{(low > 0).sum()} up, {(high < 0).sum()} down"
+            cells += [f"{seeds[metric].mean():.3f}", "" if more.isna().all() else f"{more.mean():+.3f} ({sure})"]
         rows.append([*cells, seeds.base.fillna("").iloc[0]])
     return markdown(["films", "method", "rows", "seeds", "AUC", "more", "UAUC", "more", "base"], rows)
 

@@ -33,16 +33,10 @@ def test_more_alike_is_more_likely_yes():
     assert (np.diff(taught) > 0).all() and taught[5] == 0.5 and taught[0] == pytest.approx(1 - taught[10])
 
 
-@pytest.mark.parametrize(
-    "where, per_row",
-    [*((where, 1) for where in ("alike", "codes", "side by side", "text+codes", "pairs")), ("bit by bit", 4)],
-)
-def test_lessons_ask_about_the_codes_they_hold(ml1m, where, per_row):
-    prompts, labels = adapters.lesson(ml1m, where, 16, 60, 0.1, per_row, seed=4)
+@pytest.mark.parametrize("where", ["alike", "codes", "side by side", "text+codes", "pairs", "bit by bit"])
+def test_lessons_ask_about_the_codes_they_hold(ml1m, where):
+    prompts, labels = adapters.lesson(ml1m, where, 16, 60, 0.1, seed=4)
     assert len(prompts) == len(labels) == 60 == len(set(prompts))
-    if where == "bit by bit":  # four questions about each of fifteen rows, one after another
-        beginnings = [prompt.split("User and movie")[0] for prompt in prompts]
-        assert beginnings == [b for b in beginnings[::4] for _ in range(4)] and len(set(beginnings)) == 15
     for prompt, label in zip(prompts, labels):
         if where in ("pairs", "bit by bit"):
             a, b = map("".join, zip(*re.search(r"movie ([01 ]+) alike", prompt)[1].split()))
@@ -110,19 +104,9 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
         monkeypatch.setattr(bu, name, value)
     monkeypatch.setattr(adapters, "ADAPTERS", tmp_path)
     monkeypatch.setattr(bu, "load_ml1m", lambda: toy)
-    monkeypatch.setattr(adapters, "LONG_LESSONS", (("pairs", 16, 64, 0.1),))
     monkeypatch.setattr(bu, "cached_codes", lambda *_, **__: toy_codes)
     monkeypatch.setattr(adapters, "RECORDS", tmp_path)
-    monkeypatch.setattr(adapters, "LONG_CODES", (16, 1))
     return tmp_path
-
-
-@pytest.fixture
-def some_literacy(in_small):
-    """An adapter for `long` to start from."""
-    model, tokenizer = bu.load_llm()
-    model, curve = bu.tune(model, tokenizer, ["a", "b"], [0, 1], progress=False)
-    bu.save_adapter(model, in_small / "pairs", {}, curve)
 
 
 def values(weights):
@@ -167,13 +151,6 @@ def test_literacy_goes_on_after_the_last_whole_course(in_small, monkeypatch):
         adapters.literacy()
 
 
-def test_the_long_run_reads_the_codes_that_did_best_on_valid():
-    tried = pd.read_csv(bu.ROOT / "data/results/long_codes.csv")
-    best = tried.loc[(tried.auc + tried.uauc).idxmax()]
-    assert (best.bits, best.seed) == adapters.LONG_CODES and len(tried) == 10
-    assert any(bu.ROOT.glob(f"data/codes/ml-1m-descent-1-{best.bits}bits-seed{best.seed}-*.npz"))
-
-
 def test_unseen_rows_come_after_all_that_their_codes_were_learned_from(toy):
     """Other labels in these rows must leave the codes as they are; other labels before them must not."""
     then = adapters.cut_earlier(toy)
@@ -186,52 +163,6 @@ def test_unseen_rows_come_after_all_that_their_codes_were_learned_from(toy):
         train = toy.train.assign(label=toy.train.label.where(~changed, 1 - toy.train.label))
         others, _ = adapters.bx.fit_descent(adapters.cut_earlier(replace(toy, train=train)), 16)
         assert (np.array_equal(others.users, codes.users) and np.array_equal(others.items, codes.items)) == same
-
-
-def test_the_long_run_keeps_the_best_chapter_and_ends_when_valid_says_so(in_small, some_literacy, toy, monkeypatch):
-    monkeypatch.setattr(adapters, "CHAPTER", 16)
-    quality, weights = iter([0.2, 0.9, 0.5, 0.8]), []
-
-    def judged(model, tokenizer, prompts):
-        """Answers whose AUC on valid is as asked for, near enough; the weights asked are kept."""
-        weights.append(lora_values(model))
-        label, noise = valid.label.to_numpy(), np.random.default_rng(len(weights)).random(len(valid))
-        return 0.1 + 0.8 * np.where(noise < next(quality), label, 1 - label)
-
-    valid = bu.sample_rows(toy.valid, 500, seed=1)
-    monkeypatch.setattr(bu, "score", judged)
-    adapters.long()
-    record = pd.read_csv(in_small / "long.csv")
-    assert record.rows.tolist() == [0, 16, 32] and record.auc.argmax() == 1  # the fourth is not begun
-    assert not np.array_equal(weights[0], saved_values(in_small / "pairs"))  # its own lessons come first
-    assert np.array_equal(saved_values(in_small / "long"), weights[1])
-    card = json.loads((in_small / "long" / "card.json").read_text())
-    assert [chapter["rows"] for chapter in card["chapters"]] == [0, 16]
-    curve = pd.read_csv(in_small / "long" / "curve.csv")
-    assert curve.chapter.tolist() == [0, 0, 1]  # two steps of lessons, one of rows
-
-
-def test_the_long_run_reads_each_unseen_row_once(in_small, some_literacy, toy, monkeypatch):
-    then = adapters.cut_earlier(toy)
-    rows, codes = then.test, adapters.bx.fit_descent(then, *adapters.LONG_CODES)[0]
-    monkeypatch.setattr(adapters, "CHAPTER", -(-len(rows) // 3))
-    monkeypatch.setattr(adapters, "PATIENCE", 3)
-    seen, tune = [], bu.tune
-
-    def stopped_in_the_second(model, tokenizer, prompts, labels, **options):
-        if options["folder"].name != "long-lessons":
-            seen.append(list(prompts))
-            if len(seen) == 2:
-                raise KeyboardInterrupt
-        return tune(model, tokenizer, prompts, labels, **options)
-
-    monkeypatch.setattr(bu, "tune", stopped_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        adapters.long()
-    adapters.long()
-    assert seen[0] == seen[2] and seen[1] == seen[3] and len(seen) == 5  # the first is read back from its checkpoint
-    assert sorted(seen[2] + seen[3] + seen[4]) == sorted(bu.build_prompts(toy, rows, codes, bx.BIT_BY_BIT))
-    assert pd.read_csv(in_small / "long.csv").rows.iloc[-1] == len(rows)
 
 
 def test_title_lessons_say_what_the_collaborative_model_thinks(toy):
