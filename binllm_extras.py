@@ -455,8 +455,11 @@ def title_lessons(dataset, z, moments, films=32, unasked=(), seed=0):
 
     The prompt is the paper's, titles only, with the user's likes before that moment; the films are random, none of
     `unasked`, and the share of Yes is sigmoid(2 z), z of `opinions`: what the collaborative model thinks, whatever the
-    user rated then. Raises ValueError where fewer than `films` films or `moments` moments with a like are left.
+    user rated then. Raises ValueError for a z of another shape, or where fewer than `films` films or `moments` moments with a
+    like are left.
     """
+    if np.shape(z) != (dataset.n_users, dataset.n_items):
+        raise ValueError(f"z of shape {np.shape(z)}; give what the collaborative model thinks, as `opinions` says it")
     rng, rows, pool = np.random.default_rng(seed), dataset.train, np.setdiff1d(np.arange(dataset.n_items), unasked)
     rows = rows[[len(mine) > 0 for mine in bu.liked_before(dataset, rows)]]
     if len(pool) < films or len(rows) < moments:

@@ -81,7 +81,10 @@ def test_the_whole_past_leaves_valid_and_test_as_they_are(ml1m):
 
 
 def test_nothing_later_than_the_train_months_reaches_what_learns(ratings, tmp_path, monkeypatch):
-    """With every rating of valid and test turned round, train, features and codes stay what they are."""
+    """With every rating of valid and test turned round, train, features and codes stay what they are.
+
+    Codes after one epoch, that is: of several, valid chooses the one to be kept.
+    """
     time = pd.to_datetime(ratings.timestamp, unit="s").dt.to_period("M")
     some = ratings[time.between("2001-01", "2003-01") | (ratings.timestamp == ratings.timestamp.min())]
     later = time[some.index] > "2002-03"
@@ -94,6 +97,8 @@ def test_nothing_later_than_the_train_months_reaches_what_learns(ratings, tmp_pa
     pd.testing.assert_frame_equal(found[0].train, found[1].train)
     assert not found[0].test.label.equals(found[1].test.label)
     assert (bu.item_features(found[0]) == bu.item_features(found[1])).all()
+    one, other = (bu.fit_codes(data, 8, recipe="past", max_epochs=1, progress=False)[0] for data in found)
+    assert (one.users == other.users).all() and (one.items == other.items).all()
 
 
 def test_tags_are_genres_and_five_years(ml1m):

@@ -190,6 +190,12 @@ def test_too_few_films_or_moments_for_title_lessons_are_refused(toy):
         bx.title_lessons(toy, z, moments=401, films=2)
 
 
+def test_title_lessons_without_opinions_are_refused(toy):
+    for z in (None, np.zeros((toy.n_users, 1)), np.zeros(toy.n_items)):
+        with pytest.raises(ValueError, match="give what the collaborative model thinks, as `opinions` says it"):
+            bx.title_lessons(toy, z, moments=1)
+
+
 def test_opinions_are_within_a_user(toy):
     z = bx.opinions(toy)
     assert z.shape == (toy.n_users, toy.n_items) and np.abs(z.mean(1)).max() < 1e-5
