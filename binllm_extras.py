@@ -455,8 +455,8 @@ def title_lessons(dataset, z, moments, films=32, unasked=(), seed=0):
 
     The prompt is the paper's, titles only, with the user's likes before that moment; the films are random, none of
     `unasked`, and the share of Yes is sigmoid(2 z), z of `opinions`: what the collaborative model thinks, whatever the
-    user rated then. Raises ValueError for a z of another shape, or where fewer than `films` films or `moments` moments with a
-    like are left.
+    user rated then. Raises ValueError for a z of another shape, or where fewer than `films` films or `moments` moments
+    with a like are left.
     """
     if np.shape(z) != (dataset.n_users, dataset.n_items):
         raise ValueError(f"z of shape {np.shape(z)}; give what the collaborative model thinks, as `opinions` says it")

@@ -1,0 +1,83 @@
+"""Controls: one thing in a prompt is made false and nothing else; a turned bit is one bit; the records are of today."""
+
+import re
+
+import controls
+import numpy as np
+import pandas as pd
+import pytest
+
+import binllm_extras as bx
+import binllm_utils as bu
+
+
+def parts(prompt):
+    """(likes, title, user's bits, film's bits, the question without them)."""
+    likes, title, pairs = re.search(
+        r'movies: (.*?)\. Would .* titled (".*?")\?.* movie ([01 ]+) alike', prompt
+    ).groups()
+    user, item = map("".join, zip(*pairs.split()))
+    return likes, title, user, item, prompt.replace(likes, "").replace(title, "").replace(pairs, "")
+
+
+@pytest.fixture
+def asked(toy, toy_codes):
+    rows = bu.sample_rows(toy.test, 40)
+    return rows, bu.build_prompts(toy, rows, toy_codes, bx.BIT_BY_BIT), controls.falsified(toy, rows, toy_codes)
+
+
+@pytest.mark.parametrize(
+    ("what", "changed"),
+    [
+        ("another user's code", {2}),
+        ("random codes", {2, 3}),
+        ("another user's likes", {0}),
+        ("another film's title", {1}),
+        ("likes up to the end of training", {0}),
+        ('"No" or "Yes"', {4}),
+        ("hate in place of enjoy", {4}),
+    ],
+)
+def test_one_thing_is_false_and_all_else_as_it_was(asked, what, changed):
+    _, true, false = asked
+    assert len(false[what]) == len(true) == 40 and len(false) == 7
+    differs = np.array([[a != b for a, b in zip(parts(one), parts(other))] for one, other in zip(true, false[what])])
+    assert set(np.flatnonzero(differs.any(0))) == changed
+    assert differs[:, list(changed)].mean() > 0.3
+
+
+def test_a_users_rows_all_get_one_other_users_code(asked, toy, toy_codes):
+    rows, _, false = asked
+    codes = pd.Series([parts(prompt)[2] for prompt in false["another user's code"]], rows.index)
+    for user, mine in codes.groupby(rows.user):
+        assert mine.nunique() == 1
+        assert mine.iloc[0] in {bu.to_bits(toy_codes.users[other]) for other in rows.user.unique() if other != user}
+
+
+def test_no_like_of_valid_or_test_is_shown_up_to_the_end_of_training(asked, toy):
+    rows, _, false = asked
+    early = toy.train[toy.train.label == 1]
+    for user, prompt in zip(rows.user, false["likes up to the end of training"]):
+        shown = set(re.findall(r"Film \d+ \(\d+\)", parts(prompt)[0]))
+        assert shown <= {toy.titles[item] for item in early.item[early.user == user]}
+
+
+def test_each_bit_of_the_user_is_turned_once(toy, toy_codes):
+    rows = toy.test.drop_duplicates("user").head(3)
+    table, prompts = controls.flips(toy, rows, toy_codes)
+    assert len(table) == len(prompts) == 3 * 17
+    assert prompts[::17] == bu.build_prompts(toy, rows, toy_codes, bx.BIT_BY_BIT)
+    for place, row in enumerate(table.itertuples()):
+        likes, title, user, item, _ = parts(prompts[place])
+        own = bu.to_bits(toy_codes.users[toy.test.user[row.row]])
+        assert [at for at in range(16) if user[at] != own[at]] == ([] if row.bit < 0 else [row.bit])
+        assert row.similarity == pytest.approx(np.mean([a == b for a, b in zip(user, item)]))
+
+
+def test_the_records_are_of_todays_codes_prompts_and_adapter(capsys, monkeypatch):
+    monkeypatch.setattr(bu, "load_llm", lambda *_, **__: pytest.fail("asked again"))
+    controls.main()
+    assert "there already" in capsys.readouterr().out
+    rows = bu.sample_rows(bu.load_ml1m().test, controls.ROWS)
+    assert pd.read_parquet(controls.RECORDS / "controls.parquet").index.equals(rows.index.rename("row"))
+    assert len(pd.read_csv(controls.RECORDS / "flips.csv")) == controls.FLIPPED * 33
