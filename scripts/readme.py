@@ -36,11 +36,11 @@ METHODS = {
     ("llm", "codes_only, lr 3e-4"): "LLM, codes only, rate 3e-4",
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
     ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
-    ("llm", "bit lessons, float32"): "LLM taught by made-up codes, titles + codes bit by bit, not in four bits",
+    ("llm", "bit lessons, float32"): "LLM taught by made-up codes, not in four bits",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
 }
-README_ROWS = 9
+README_ROWS = 8
 WHAT = {  # bench.csv
     "codes_fit": "training codes",
     "score": "scoring rows of whole users",
@@ -209,7 +209,7 @@ def readme_table(metrics):
     """What README shows, all measured on the same rows: the whole test split; a test holds it to README_ROWS."""
     test = metrics[(metrics.split == "test") & (metrics.dataset == "ml-1m")]
     whole = test[test.rows == test.rows.max()]
-    keys = [("popularity", ""), ("mf", "paper"), ("codes", "reference"), ("codes", "ste")]
+    keys = [("popularity", ""), ("codes", "reference"), ("codes", "ste")]
     keys += [("llm", name) for name in ("text", "codes_only", "one_step", "two_step", "bit lessons, float32")]
     keep = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)
     shown = whole[keep & whole.bits.isin([0, 32]) & (whole.format != "dotted")]
