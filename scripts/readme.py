@@ -72,6 +72,10 @@ RECORDED = {  # records that are shown whole: their title, and what to know
         "The same, with codes of the whole past",
         "Lessons with made-up codes, no rating as an answer.",
     ),
+    "llama_cpp": (
+        "The exported file in llama.cpp itself",
+        "By `benchmarks/llama_cpp.py`: how far its P(Yes) is from the tuned model's, at most.",
+    ),
     "drills": (
         "Drills: what was tried and lost",
         "By `make fuzz`: input of every kind, and runs that were killed, starved or given company.",
