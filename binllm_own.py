@@ -281,8 +281,9 @@ class _Source:
 
     def _json(self, wanted):
         with self.path.open(encoding=self.encoding) as file:
-            for first in count(1, CHUNK):
-                lines = list(islice(file, CHUNK))
+            size = max(1, CHUNK // 10)  # with a review in it, a line takes ten times the memory of a row
+            for first in count(1, size):
+                lines = list(islice(file, size))
                 if not lines:
                     return
                 rows = [self._json_line(first + at, line) if line.strip() else {} for at, line in enumerate(lines)]

@@ -470,6 +470,19 @@ def test_the_text_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
     assert found[0].rows.value.tolist() == table.rating.tolist()
 
 
+def test_json_lines_are_taken_some_at_a_time(tmp_path, monkeypatch):
+    lines = [{"user": n % 7, "item": n, "rating": n % 5, "timestamp": 10**9 + n} for n in range(43)]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in lines) + "{", "r.jsonl")
+    monkeypatch.setattr(bo, "CHUNK", 50)
+    with pytest.raises(ValueError, match="line 44: not JSON"):
+        bo.read_interactions(path)
+    path.write_text(path.read_text()[:-1])
+    read = bo.read_interactions(path)
+    assert [
+        (int(read.users[u]), int(read.items[i]), v) for u, i, v in read.rows[["user", "item", "value"]].to_numpy(int)
+    ] == [(row["user"], row["item"], row["rating"]) for row in lines]
+
+
 def test_large_ids_stay_apart_in_every_kind_of_file(tmp_path):
     """Beside a missing one they would become floating-point numbers, which cannot tell them apart."""
     ids = [76561197960287930, 76561197960287931]
