@@ -10,6 +10,7 @@ import html
 import json
 import re
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -122,14 +123,12 @@ def read_interactions(path, columns=None, titles=None, dayfirst=None):
     Raises ValueError naming the file, and the line where there is one; a row with line breaks counts as one line.
     """
     path = Path(path)
-    before = _fingerprint(path)
-    source = _Source(path)
-    found = guess_columns(source.names, path, columns)
-    reading = _Reading(path, found, dayfirst)
-    for first_line, chunk in source.chunks(list(dict.fromkeys(found.values()))):
-        reading.take(first_line, chunk)
-    if _fingerprint(path) != before:
-        raise ValueError(f"{path} was changed while it was read; read it again when nothing writes it")
+    with _unchanged(path):
+        source = _Source(path)
+        found = guess_columns(source.names, path, columns)
+        reading = _Reading(path, found, dayfirst)
+        for first_line, chunk in source.chunks(list(dict.fromkeys(found.values()))):
+            reading.take(first_line, chunk)
     return reading.finished(source, titles)
 
 
@@ -138,6 +137,15 @@ def _fingerprint(path):
         raise ValueError(f"{path} is not there; give the path of a file")
     state = path.stat()
     return state.st_size, state.st_mtime_ns
+
+
+@contextmanager
+def _unchanged(path):
+    """A block that reads `path`; ValueError where the file is another one at its end."""
+    before = _fingerprint(path)
+    yield
+    if _fingerprint(path) != before:
+        raise ValueError(f"{path} was changed while it was read; read it again when nothing writes it")
 
 
 def _plain(name):
@@ -290,10 +298,8 @@ class _Source:
                 cells = [[row.get(name) for name in wanted] for row in rows]
                 nested = [any(isinstance(cell, (list, dict)) for cell in row) for row in cells]
                 if any(nested):
-                    raise ValueError(
-                        f"{self.path}, line {first + nested.index(True)}: a list or an object in one of "
-                        f"{', '.join(wanted)}; give texts or numbers"
-                    )
+                    what = f"a list or an object in one of {', '.join(wanted)}; give texts or numbers"
+                    raise ValueError(f"{self.path}, line {first + nested.index(True)}: {what}")
                 yield first, pd.DataFrame(cells, columns=wanted, dtype=object)
 
     def _text(self, wanted):
@@ -323,9 +329,10 @@ class _Source:
 
 def _is_utf8(line):
     try:
-        return bool(line.decode() or True)
+        line.decode()
     except UnicodeDecodeError:
         return False
+    return True
 
 
 def _line(error):
@@ -461,10 +468,8 @@ class _Reading:
             return np.where(none, NO_TIME, number.astype(np.int64))
         vague = ~(none | texts.str.contains(r"\d{4}") | texts.str.match(DATE)).to_numpy()  # "10:30" would be today
         if vague.any():
-            raise ValueError(
-                f"{self.line(first, vague.argmax())}: the time is {texts.iloc[vague.argmax()][:40]!r}; give a date "
-                "with its year, or seconds since 1970"
-            )
+            where, text = self.line(first, vague.argmax()), texts.iloc[vague.argmax()][:40]
+            raise ValueError(f"{where}: the time is {text!r}; give a date with its year, or seconds since 1970")
         self.order_of_dates(first, texts)
         read = partial(pd.to_datetime, format="mixed", utc=True, errors="coerce")
         year_first = texts.str.match(r"\d{4}")  # then the month comes next, whatever other dates begin with
@@ -588,17 +593,15 @@ def _texts(cells):
 
 def _read_titles(path):
     """({item: its first title}, how many others were left out) of a file with both."""
-    before = _fingerprint(path)
-    source = _Source(path, unnamed=("item", "title", "kinds"))
-    wanted = [_find(source.names, role) for role in ("item", "title")]
-    if None in wanted:
-        raise ValueError(f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}")
     first, more = {}, 0
-    for _, frame in source.chunks(wanted):
-        for item, title in zip(*(_texts(frame[name]) for name in wanted)):
-            more += bool(title) and first.setdefault(item, title) != title
-    if _fingerprint(path) != before:
-        raise ValueError(f"{path} was changed while it was read; read it again when nothing writes it")
+    with _unchanged(path):
+        source = _Source(path, unnamed=("item", "title", "kinds"))
+        wanted = [_find(source.names, role) for role in ("item", "title")]
+        if None in wanted:
+            raise ValueError(f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}")
+        for _, frame in source.chunks(wanted):
+            for item, title in zip(*(_texts(frame[name]) for name in wanted)):
+                more += bool(title) and first.setdefault(item, title) != title
     return first, more
 
 

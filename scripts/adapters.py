@@ -68,9 +68,9 @@ COURSES = {
 BATCH = 32  # questions a step
 
 
-def descent(dataset, bits=32, seed=0):
+def descent(dataset):
     """The codes that these adapters were examined with."""
-    return bu.cached_codes(dataset, bits, seed, "descent-1")
+    return bu.cached_codes(dataset, recipe="descent-1")
 
 
 def lesson(dataset, where, bits, n, spread, *, seed):

@@ -153,9 +153,9 @@ def results_page(folder):
     if (folder / "cold.csv").exists():
         parts += ["## What titles add, by how often a film was rated in training", cold_table(folder / "cold.csv")]
         parts += [
-            "By `scripts/cold.py`. *more*: the paired difference from `base`, mean of the seeds; in brackets, with how"
+            "By `scripts/cold.py`. *more*: the paired difference from `base`, mean of the seeds; in brackets, with how "
+            "many of them it is surely up or down, its interval over users all above or below zero."
         ]
-        parts[-1] += " many of them it is surely up or down, its interval over users all above or below zero."
         parts += ["Cold: a fifth of the films, whose ratings were hidden from all that learned."]
     for name, (title, note) in RECORDED.items():
         if (folder / f"{name}.csv").exists():
