@@ -661,7 +661,7 @@ def build_prompts(
     faithful=True gives what the reference code gives: a backslash and an n where a line break was meant, "unkow" for an
     empty history, and history by row, likes of the same second that stand before the row included; only likes within
     one second may come in another order. (Its literal "<s>" in front is LLaMA's start token; that tokenizer adds it.)
-    Raises ValueError for an unknown style, format or history, or ids that have no code.
+    Raises ValueError for an unknown style, format or history, ids that have no code, or codes of other data.
     """
     _, wanted = _template(style)
     if history not in ("sitting", "row"):
@@ -674,6 +674,9 @@ def build_prompts(
         if not any(liked) and then is not rows and any(map(len, liked_before(dataset, rows, likes))):
             warnings.warn(NO_HISTORY, stacklevel=2)
     if wanted & {"user", "item", "pairs"} and codes is not None:
+        if len(codes.items) != dataset.n_items:  # ids of past="all" begin with those of the split: none is out of range
+            what = f"codes of {len(codes.items):,} items, and {dataset.name} has {dataset.n_items:,}"
+            raise ValueError(f"{what}: they were learned from other data; take `cached_codes` of this data set")
         sides = codes.of(rows)
     return fill(*prompt_fields(style, titles, liked, *sides, fmt=fmt, faithful=faithful))
 

@@ -154,7 +154,7 @@ def all_films(dataset, codes, seed):
     """
     counts, rates, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), film_rates(dataset), {}
     for split in ("valid", "test"):
-        p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet")["title lessons"].dropna()
+        p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet", dataset)["title lessons"].dropna()
         part, p = getattr(dataset, split).loc[p.index], p.to_numpy(np.float64)
         sides[split] = part, codes.similarity(part), p, counts[part.item]
     (valid, *learn), (test, *ask) = ((part, own, logit(p), count) for part, own, p, count in sides.values())
@@ -184,7 +184,7 @@ def film_rates(dataset):
 def made_from(dataset, version=1):
     """Digest of all that decides the lines; raise `version` when this file makes other ones of the same."""
     codes = [bu.cached_codes(dataset, 32, seed) for seed in SEEDS]
-    told = [records.read_answers(RECORDS / f"answers-patient-{split}.parquet") for split in ("valid", "test")]
+    told = [records.read_answers(RECORDS / f"answers-patient-{split}.parquet", dataset) for split in ("valid", "test")]
     told = [part["title lessons"].dropna().to_numpy() for part in told]
     words = [str(version), results.shipped_sha256("titles"), *dataset.titles]
     return bu.digest(

@@ -86,7 +86,7 @@ def main():
     model, tokenizer, _ = results.tuned_llm(dataset, codes, profile, run)
     for place, (what, prompts) in enumerate(asked.items()):
         p, _ = results.score_in_parts(model, tokenizer, prompts, f"controls-{key}-{place}")
-        records.keep_answers(RECORDS / "controls.parquet", what, rows, p)
+        records.keep_answers(RECORDS / "controls.parquet", what, dataset, rows, p)
         print(f"{what}: asked", flush=True)
     table["p"], _ = results.score_in_parts(model, tokenizer, turned, f"controls-{key}-flips")
     with bu.replacing(RECORDS / "flips.csv") as part:

@@ -149,11 +149,12 @@ def record(profile, rows, scores, **what):
     put_row(path, {column: found.get(column) for column in METRIC_COLUMNS}, METRIC_COLUMNS[:9])
 
 
-def read_answers(path):
+def read_answers(path, dataset):
     """P(Yes) by run (columns) on rows of a split (lines, by their place in it): a DataFrame, NaN where not asked.
 
-    Raises OSError where there is no such file, ValueError for a row that is there twice, for one without a number, and
-    for an answer that is no probability.
+    Raises OSError where there is no such file, ValueError for answers about another `Dataset` (the paper's split and
+    the whole past have the same test rows, and nothing else would tell), for a row that is there twice, for one without
+    a number, and for an answer that is no probability.
     """
     if not Path(path).exists():
         raise OSError(f"{path} is not there; python scripts/results.py makes it")
@@ -161,7 +162,8 @@ def read_answers(path):
         size = pq.read_metadata(path)
         if size.num_rows * size.num_columns > 100_000_000:
             raise ValueError(f"{size.num_rows:,} rows of {size.num_columns} columns are more than any split has")
-        table = pd.read_parquet(path).reset_index()
+        table = pd.read_parquet(path)
+        about, table = table.attrs.get("dataset"), table.reset_index()
     except Exception as error:  # pandas and Arrow have a dozen kinds for what is no such file
         raise ValueError(f"{path}: not answers ({' '.join(str(error).split())[:300]})") from None
     if "row" not in table or not all(map(pd.api.types.is_numeric_dtype, table.dtypes)):
@@ -177,11 +179,14 @@ def read_answers(path):
     ):
         if bad.any():
             raise ValueError(f"{path}, line {bad.idxmax() + 2}: {what.format(**table.loc[bad.idxmax()])}")
+    if about != dataset.name:
+        about = about or "nobody knows what"
+        raise ValueError(f"{path}: answers about {about}, and they are read for {dataset.name}; take the file of that")
     return table.astype({"row": int}).set_index("row")
 
 
-def keep_answers(path, name, rows, p):
-    """Put `p`, the answers on `rows`, into column `name` of the Parquet file `path`; the other columns stay."""
+def keep_answers(path, name, dataset, rows, p):
+    """Put `p`, the answers on `rows` of `dataset`, into column `name` of the Parquet file `path`; others stay."""
     p = np.asarray(p, np.float32)
     if p.shape != (len(rows),) or rows.index.has_duplicates or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(
@@ -190,6 +195,7 @@ def keep_answers(path, name, rows, p):
     table = pd.DataFrame({name: p}, index=rows.index.rename("row"))
     with bu.alone(path):
         if Path(path).exists():
-            table = read_answers(path).drop(columns=name, errors="ignore").join(table, how="outer")
+            table = read_answers(path, dataset).drop(columns=name, errors="ignore").join(table, how="outer")
+        table.attrs = {"dataset": dataset.name}
         with bu.replacing(path) as part:
             table.to_parquet(part)

@@ -264,7 +264,7 @@ def answer(name, seed, dataset, profile):
     for split, part in rows.items():
         prompts = bu.build_prompts(dataset, part, codes, variant.style, run.fmt, history=run.history)
         p, part_seconds = score_in_parts(model, tokenizer, prompts, f"{asked['made_from']}-{split}")
-        records.keep_answers(folder / f"answers-{profile.name}-{split}.parquet", title, part, p)
+        records.keep_answers(folder / f"answers-{profile.name}-{split}.parquet", title, dataset, part, p)
         what = {"variant": run.variant + ", float32" * (not run.nf4) + ", history by row" * (run.history == "row")}
         if variant.style != "text":
             what |= {"bits": codes.bits, "format": run.fmt}

@@ -27,9 +27,9 @@ FOLDER = ROOT / "data" / "results" / "ml-100k"
 ROWS, TUNING_ROWS, LR = 1500, 512, 1e-4
 
 
-def note(folder, rows, method, scores, **cost):
+def note(folder, dataset, rows, method, scores, **cost):
     """Keep `scores`, from 0 to 1, and put one line into verdict.csv."""
-    records.keep_answers(folder / "answers-test.parquet", method, rows, scores)
+    records.keep_answers(folder / "answers-test.parquet", method, dataset, rows, scores)
     row = {"method": method, "rows": len(rows)} | bu.evaluate(rows, scores)
     row |= {name: cost.get(name) for name in ("tuning_rows", "tuning_seconds", "seconds_per_row", "made_from")}
     records.put_row(folder / "verdict.csv", row, ["method"])
@@ -39,9 +39,9 @@ def note(folder, rows, method, scores, **cost):
 def without_llm(folder, dataset, codes, rows):
     """What costs no LLM. Counting adds two rates and more; halved, the order is the same and no number is above 1."""
     now, _ = bs.codes_before(dataset, codes, rows)
-    note(folder, rows, "counting", bu.popularity_baseline(dataset, rows) / 2)
-    note(folder, rows, "counting so far", bs.counting_before(dataset, rows) / 2)
-    note(folder, rows, "codes so far", bu.hamming_similarity(now, codes.items[rows.item]))
+    note(folder, dataset, rows, "counting", bu.popularity_baseline(dataset, rows) / 2)
+    note(folder, dataset, rows, "counting so far", bs.counting_before(dataset, rows) / 2)
+    note(folder, dataset, rows, "codes so far", bu.hamming_similarity(now, codes.items[rows.item]))
 
 
 def with_llm(folder, dataset, codes, rows, reader, tuning=None):
@@ -61,7 +61,7 @@ def with_llm(folder, dataset, codes, rows, reader, tuning=None):
         model, curve = bu.tune(model, tokenizer, learned, tuning[-1].label, lr=LR, folder=checkpoint)
         cost |= {"tuning_rows": len(learned), "tuning_seconds": round(curve.seconds.iloc[-1], 1)}
     p, seconds = results.score_in_parts(model, tokenizer, asked, parts, size=500)
-    note(folder, rows, method, p, seconds_per_row=round(seconds / len(rows), 4), **cost)
+    note(folder, dataset, rows, method, p, seconds_per_row=round(seconds / len(rows), 4), **cost)
     for done in (checkpoint, bu.CACHE / "answers" / parts):
         shutil.rmtree(done, ignore_errors=True)
 

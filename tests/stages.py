@@ -42,7 +42,8 @@ import binllm_utils as bu
 
 SERVER = os.environ.get("STAGES_SERVER", "")  # address and SHA-256 of the file that `download` asks for
 PROMPTS = [f"{'one two three four five '.split(' ')[i % 5]} {i} " * (1 + i % 3) + "#Answer:" for i in range(24)]
-ROWS = make_dataset().test
+TOY = make_dataset()
+ROWS = TOY.test
 
 
 def tokenizer():
@@ -107,11 +108,11 @@ def recording(folder, who):
     for seed in range(6):
         row = {"run": f"{who}{seed}", "profile": "smoke", "auc": seed / 10}
         records.put_row(folder / "runs.csv", row, ["run", "profile"])
-        records.keep_answers(folder / "answers.parquet", f"{who}{seed}", ROWS, p * seed / 10)
+        records.keep_answers(folder / "answers.parquet", f"{who}{seed}", TOY, ROWS, p * seed / 10)
         curve = pd.DataFrame({"step": [1, 2], "rows": 4, "loss": [0.7, 0.6]})
         results.keep_curve(folder / "curves.csv", f"{who}{seed}", bu.PROFILES["smoke"], curve)
     tables = [pd.read_csv(folder / "runs.csv")[["run", "auc"]], pd.read_csv(folder / "curves.csv")]
-    answers = records.read_answers(folder / "answers.parquet")
+    answers = records.read_answers(folder / "answers.parquet", TOY)
     answers = answers[sorted(answers)]
     return bu.digest(*(t.sort_values("run", kind="stable") for t in tables), answers, list(answers))
 
@@ -234,5 +235,6 @@ if __name__ == "__main__":
         place = Path(folder).resolve() / "two"
         for run in [begun("recording", place, who) for who in "ab"]:
             ended(run)
-        found = pd.read_csv(place / "runs.csv").run.tolist(), list(records.read_answers(place / "answers.parquet"))
+        answers = records.read_answers(place / "answers.parquet", TOY)
+        found = pd.read_csv(place / "runs.csv").run.tolist(), list(answers)
         print(json.dumps({"stage": "two", "drill": "two that record"} | dict(zip(("runs", "answers"), found))))

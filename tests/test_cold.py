@@ -123,7 +123,7 @@ def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_pat
     for split in ("valid", "test"):
         part = getattr(toy, split)
         p = np.where(part.label == 1, 0.9, 0.1)
-        cold.records.keep_answers(tmp_path / f"answers-patient-{split}.parquet", "title lessons", part, p)
+        cold.records.keep_answers(tmp_path / f"answers-patient-{split}.parquet", "title lessons", toy, part, p)
     cold.all_films(toy, toy_codes, 0)
     table = kept().set_index("split")
     assert table.loc["valid"].method.tolist() == ["codes", "codes, ties by LLM"]
@@ -148,7 +148,7 @@ def test_other_answers_are_another_start(ml1m, kept, tmp_path):
         for split in ("valid", "test"):
             part = getattr(ml1m, split)
             cold.records.keep_answers(
-                tmp_path / f"answers-patient-{split}.parquet", "title lessons", part, np.full(len(part), p)
+                tmp_path / f"answers-patient-{split}.parquet", "title lessons", ml1m, part, np.full(len(part), p)
             )
         return cold.made_from(ml1m)
 

@@ -76,6 +76,12 @@ def test_the_whole_past_leaves_valid_and_test_as_they_are(ml1m):
     assert past.n_users > ml1m.n_users and past.n_items > ml1m.n_items and past.name == "ml-1m-past"
     both = past.train.merge(ml1m.train, on=["user", "item", "label", "timestamp"])
     assert len(both) == len(ml1m.train)  # the paper's train is a part of it, under the same ids
+    codes = bu.cached_codes(past, recipe="past")  # ids are the same, so nothing else would tell whose they are
+    with pytest.raises(
+        ValueError, match=r"codes of 3,\d+ items, and ml-1m has 3,255: .* other data; take `cached_codes`"
+    ):
+        bu.build_prompts(ml1m, ml1m.test.head(2), codes)
+    assert bu.build_prompts(past, ml1m.test.head(2), codes) != bu.build_prompts(ml1m, ml1m.test.head(2), style="text")
     with pytest.raises(ValueError, match="past is 'most'; choose 'split', the paper's, or 'all'"):
         bu.load_ml1m(past="most")
 

@@ -322,11 +322,12 @@ def test_answers_are_read_or_refused(folder, at, new, cut):
     path = folder / "answers.parquet"
     with case("read: answers"):
         whole = pd.DataFrame({"a": np.linspace(0, 1, 5, dtype=np.float32)}, index=pd.RangeIndex(5, name="row"))
+        whole.attrs = {"dataset": TOY.name}
         buffer = io.BytesIO()
         whole.to_parquet(buffer)
         path.write_bytes(spoiled(buffer.getvalue(), at, new, cut))
         try:
-            table = records.read_answers(path)
+            table = records.read_answers(path, TOY)
         except ValueError as error:
             assert str(error).startswith(str(path))
         else:

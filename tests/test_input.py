@@ -546,12 +546,12 @@ def test_a_folder_is_kept_when_nothing_comes_in_its_place(tmp_path):
 def test_answers_go_by_place_and_are_checked_before_they_are_written(tmp_path, toy):
     path, rows = tmp_path / "answers.parquet", toy.test.iloc[[3, 1]]
     for p in ([0.1, 0.9], pd.Series([0.1, 0.9]), torch.tensor([0.1, 0.9])):
-        records.keep_answers(path, "x", rows, p)
-        assert np.allclose(records.read_answers(path).loc[[3, 1], "x"], [0.1, 0.9])
+        records.keep_answers(path, "x", toy, rows, p)
+        assert np.allclose(records.read_answers(path, toy).loc[[3, 1], "x"], [0.1, 0.9])
     before = path.read_bytes()
     for some, bad in ((rows, [0.1, 7.0]), (toy.test.iloc[[1, 1]], [0.1, 0.9]), (rows, [0.1]), (rows, [0.1, np.nan])):
         with pytest.raises(ValueError, match="give each row, once, an answer from 0 to 1"):
-            records.keep_answers(path, "x", some, bad)
+            records.keep_answers(path, "x", toy, some, bad)
     assert path.read_bytes() == before
 
 

@@ -211,9 +211,9 @@ def test_running_saves_outputs_without_dead_progress_bars(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [-1e-39, np.float32(1) + np.finfo(np.float32).eps, -0.1, np.inf])
-def test_an_answer_that_is_hardly_no_probability_is_none_all_the_same(tmp_path, answer):
+def test_an_answer_that_is_hardly_no_probability_is_none_all_the_same(tmp_path, toy, answer):
     """One half subtracted in float32 would round the first of them to a probability."""
     table = pd.DataFrame({"a": np.array([0, 1, answer], np.float32)}, index=pd.RangeIndex(3, name="row"))
     table.to_parquet(tmp_path / "answers.parquet")
     with pytest.raises(ValueError, match="row 2 holds an answer not from 0 to 1"):
-        records.read_answers(tmp_path / "answers.parquet")
+        records.read_answers(tmp_path / "answers.parquet", toy)

@@ -39,7 +39,7 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(small):
     assert len(tuned) == 1 and tuned[0][1]["lora"] == "all"
     table = pd.read_csv(folder.parent / "metrics.csv")
     assert table.split.tolist() == ["valid", "test"] and table.variant.tolist() == ["codes_only"] * 2
-    answers = records.read_answers(folder / "answers-smoke-test.parquet")
+    answers = records.read_answers(folder / "answers-smoke-test.parquet", toy)
     assert answers.codes_only.between(0, 1).all() and len(answers) == SMOKE.eval_rows
     codes["now"] = bu.Codes(1 - codes["now"].users, codes["now"].items)
     results.answer("codes_only", 0, toy, SMOKE)
@@ -48,7 +48,7 @@ def test_a_run_is_made_once_and_again_when_its_codes_change(small):
     codes["now"] = bu.Codes(1 - codes["now"].users, codes["now"].items)
     results.answer("text", 0, toy, SMOKE)  # titles only: other codes change nothing
     assert len(tuned) == 3
-    answers = records.read_answers(folder / "answers-smoke-test.parquet")
+    answers = records.read_answers(folder / "answers-smoke-test.parquet", toy)
     assert set(answers) == {"codes_only", "text"}
 
 
@@ -62,7 +62,7 @@ def test_another_data_set_takes_no_place_of_the_firsts(small, toy):
     assert len(tuned) == 3 or len(tuned) == 4  # toy; other; its namesake; toy again where that took its row
     for data in (toy, other):
         place = folder.parent / data.name
-        answers = records.read_answers(place / "answers-smoke-test.parquet").codes_only
+        answers = records.read_answers(place / "answers-smoke-test.parquet", data).codes_only
         assert set(pd.read_csv(place / "runs.csv").run) == {"codes_only"} and len(answers) == SMOKE.eval_rows
     made = {
         results.card_of(data, None, SMOKE, results.Run("text"), results.TEXT, 0)["rows"] for data in (toy, same_name)
@@ -117,7 +117,8 @@ def test_lessons_are_examined_as_they_were_left(small, monkeypatch, capsys):
     results.answer("title lessons", 0, toy, SMOKE)
     rows = bu.sample_rows(toy.test, SMOKE.eval_rows)
     p = bu.score(model, bu.load_llm(layers=2)[1], bu.build_prompts(toy, rows, style="text"), progress=False)
-    assert not tuned and np.allclose(records.read_answers(folder / "answers-smoke-test.parquet")["title lessons"], p)
+    answers = records.read_answers(folder / "answers-smoke-test.parquet", toy)
+    assert not tuned and np.allclose(answers["title lessons"], p)
     run = pd.read_csv(folder / "runs.csv").iloc[0]
     assert (run.tuning_rows, run.tuning_seconds) == (16, 3.5)
 
@@ -161,13 +162,30 @@ def test_sittings_are_sampled_whole(ml1m):
         ("row,a\n1,1.5\n", r"line 2: row 1 holds an answer not from 0 to 1"),
     ],
 )
-def test_damaged_answers_are_named(tmp_path, text, message):
+def test_damaged_answers_are_named(tmp_path, toy, text, message):
     path = tmp_path / "answers.parquet"
     pd.read_csv(io.StringIO(text)).to_parquet(path, index=False)
     with pytest.raises(ValueError, match=message):
-        records.read_answers(path)
+        records.read_answers(path, toy)
     with pytest.raises(OSError, match=r"results\.py makes it"):
-        records.read_answers(tmp_path / "none.parquet")
+        records.read_answers(tmp_path / "none.parquet", toy)
+
+
+def test_answers_of_one_protocol_are_not_read_or_kept_for_the_other(tmp_path, ml1m):
+    """The test rows of both are the same, so nothing but the name tells."""
+    path, p, past = tmp_path / "answers.parquet", np.full(len(ml1m.test), 0.5), bu.load_ml1m(past="all")
+    records.keep_answers(path, "a", past, past.test, p)
+    before = path.read_bytes()
+    for act in (
+        lambda: records.read_answers(path, ml1m),
+        lambda: records.keep_answers(path, "b", ml1m, ml1m.test, p),
+    ):
+        with pytest.raises(ValueError, match=r"answers\.parquet: answers about ml-1m-past, .* read for ml-1m;"):
+            act()
+    assert path.read_bytes() == before and list(records.read_answers(path, past)) == ["a"]
+    pd.DataFrame({"a": p}, index=ml1m.test.index.rename("row")).to_parquet(path)
+    with pytest.raises(ValueError, match="answers about nobody knows what"):
+        records.read_answers(path, ml1m)
 
 
 def test_an_unknown_run_is_named():
@@ -181,7 +199,7 @@ def test_the_committed_answers_are_those_of_the_committed_metrics(ml1m):
     runs = pd.read_csv(folder / "runs.csv").query("profile == 'patient'").set_index("run")
     on_test = {run for run in runs.index if results.RUNS[run.split(", seed ")[0]].test}
     for split, asked in {"valid": set(runs.index), "test": on_test}.items():
-        answers = records.read_answers(folder / f"answers-patient-{split}.parquet")
+        answers = records.read_answers(folder / f"answers-patient-{split}.parquet", ml1m)
         assert set(answers) == asked and len(asked)
         for run in asked:
             p = answers[run].dropna()

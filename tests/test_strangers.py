@@ -59,7 +59,7 @@ def test_a_pickle_in_place_of_codes_is_refused(tmp_path, monkeypatch):
             bu.cached_codes(toy, 8, recipe="short", fit=None)
 
 
-def test_codes_that_would_fill_the_memory_are_refused_unread(tmp_path, monkeypatch):
+def test_codes_that_would_fill_the_memory_are_refused_unread(tmp_path, toy, monkeypatch):
     """A file of a few kilobytes that unpacks to a hundred megabytes."""
     toy = make_dataset()
     monkeypatch.setattr(bu, "CACHE", tmp_path)
@@ -184,22 +184,22 @@ def test_code_that_comes_with_an_llm_is_not_run(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_answers_that_are_something_else_are_refused(tmp_path):
+def test_answers_that_are_something_else_are_refused(tmp_path, toy):
     path = tmp_path / "answers.parquet"
     for bad in (pickle.dumps(Trap()), b"", b"PAR1" + bytes(100) + b"PAR1"):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"answers\.parquet: not answers"):
-            records.read_answers(path)
+            records.read_answers(path, toy)
 
 
-def test_answers_that_would_fill_the_memory_are_refused_unread(tmp_path, monkeypatch):
+def test_answers_that_would_fill_the_memory_are_refused_unread(tmp_path, toy, monkeypatch):
     path = tmp_path / "answers.parquet"
     column = pa.chunked_array([pa.array(np.zeros(1_000_000, np.float32))] * 60)
     pq.write_table(pa.table({"row": column, "a": column}), path)
     assert path.stat().st_size < 1_000_000
     monkeypatch.setattr(pd, "read_parquet", lambda _: pytest.fail("it was read"))
     with pytest.raises(ValueError, match="60,000,000 rows of 2 columns"):
-        records.read_answers(path)
+        records.read_answers(path, toy)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "a\\b", ".hidden", "", "a\nb"])

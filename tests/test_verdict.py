@@ -72,7 +72,7 @@ def test_each_reader_is_asked_once_as_it_was_left_and_once_tuned(toy, toy_codes,
     table = pd.read_csv(tmp_path / "verdict.csv").set_index("method")
     assert table.tuning_rows.fillna(0).tolist() == [0, 0, 8, 8] and (table.seconds_per_row == 2).all()
     assert not any((tmp_path / "cache" / "checkpoints").iterdir())
-    answers = records.read_answers(tmp_path / "answers-test.parquet")
+    answers = records.read_answers(tmp_path / "answers-test.parquet", toy)
     assert list(answers.columns) == list(table.index) and answers.index.equals(rows.index)
     assert table.auc.to_numpy() == pytest.approx(bu.auc(rows.label, np.linspace(0, 1, len(rows))), abs=1e-4)
 
@@ -86,7 +86,7 @@ def test_another_adapter_is_asked_anew(toy, toy_codes, asked, tmp_path):
 
 def test_halved_counting_ranks_as_counting(toy, toy_codes, tmp_path):
     verdict.without_llm(tmp_path, toy, toy_codes, toy.test)
-    answers = records.read_answers(tmp_path / "answers-test.parquet")
+    answers = records.read_answers(tmp_path / "answers-test.parquet", toy)
     wanted = {"counting": bu.popularity_baseline(toy, toy.test)}
     wanted["counting so far"] = verdict.bs.counting_before(toy, toy.test)
     table = pd.read_csv(tmp_path / "verdict.csv").set_index("method")
