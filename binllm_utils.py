@@ -268,7 +268,7 @@ class BinMF(nn.Module):
     recipe is ours, so that b, and for an item its features, give their codes. forward gives logits, float32 [rows].
     """
 
-    def __init__(self, dataset, bits, recipe):
+    def __init__(self, dataset, bits, recipe, features=None):
         super().__init__()
         self.recipe, self.epoch = recipe, 0
         self.seen = [np.unique(dataset.train[column]) for column in ("user", "item")]
@@ -277,7 +277,8 @@ class BinMF(nn.Module):
             nn.init.normal_(table.weight, std=recipe.std)
         self.project_user = nn.Linear(bits, bits)  # W and b
         self.project_item = self.project_user if recipe.shared else nn.Linear(bits, bits)
-        features = item_features(dataset) if recipe.features else np.zeros((dataset.n_items, 0), np.float32)
+        if features is None:
+            features = item_features(dataset) if recipe.features else np.zeros((dataset.n_items, 0), np.float32)
         self.register_buffer("features", torch.from_numpy(features))
         self.content = nn.Parameter(torch.zeros(features.shape[1], bits))
         self.scale, self.offset = nn.Parameter(torch.tensor(4.0)), nn.Parameter(torch.zeros(()))
@@ -438,16 +439,16 @@ def item_features(dataset):
     return features
 
 
-def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=True):
+def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=True, features=None):
     """(Codes, learning curve): `BinMF` by one of RECIPES, trained end to end through its sign (Section 3.2).
 
-    Where a recipe takes features, unseen ids get the code that b,
-    and for an item its features, say. The same seed gives the same codes on the same machine.
+    features: float32 [n_items, F]; None takes `item_features` where the recipe has features. Unseen ids then get the
+    code that b, and for an item its features, say. The same seed gives the same codes on the same machine.
     Raises ValueError for an unknown recipe or when `bits` is not a positive multiple of 8.
     """
     how = check_recipe(bits, recipe, max_epochs)
     torch.manual_seed(seed)
-    model = BinMF(dataset, bits, how)
+    model = BinMF(dataset, bits, how, features)
     curve = train_cf(
         model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs, progress=progress
     )

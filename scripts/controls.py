@@ -79,7 +79,7 @@ def main():
     table, turned = flips(dataset, rows.drop_duplicates("user").head(FLIPPED), codes)
     asked, mark = falsified(dataset, rows, codes), RECORDS / "controls.txt"
     start = results.VARIANTS[run.variant].start
-    key = bu.digest([results.shipped_sha256(start)], *asked.values(), turned)
+    key = bu.digest([results.shipped_sha256(*start)], *asked.values(), turned)
     if mark.exists() and mark.read_text() == key + "\n":
         return print("controls: there already")
     profile = replace(bu.PROFILES["patient"], llm=bu.SMOLLM2)

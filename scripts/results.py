@@ -112,14 +112,15 @@ def without_llm(name, dataset, profile, seeds=5):
 class Variant:
     """One way to tune (Section 3.3): the prompts' style, the highest learning rate, and where tuning begins.
 
-    first: the variant that is tuned before and gone on from; start: a folder of data/adapters to begin with.
+    first: the variant that is tuned before and gone on from; start: the adapters of data/adapters to begin with, whose
+    changes to the weights add up.
     """
 
     name: str
     style: str
     lr: float | None  # None: as `start` left it
     first: "Variant | None" = None
-    start: str | None = None
+    start: tuple[str, ...] = ()
 
 
 TEXT = Variant("text", "text", 1e-3)
@@ -133,11 +134,12 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; three at a lower rate
         Variant("text, lr 3e-4", "text", 3e-4),
         Variant("codes_only, lr 3e-4", "codes", 3e-4),
         Variant("one_step, lr 3e-4", "text+codes", 3e-4),
-        Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start="literacy"),
-        Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start="pairs"),
-        Variant("bit lessons", bx.BIT_BY_BIT, None, start="pairs"),
-        Variant("title lessons", "text", None, start="all_titles"),
-        Variant("title lessons, ratings", "text", 1e-4, start="all_titles"),
+        Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start=("literacy",)),
+        Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start=("pairs",)),
+        Variant("bit lessons", bx.BIT_BY_BIT, None, start=("pairs",)),
+        Variant("both lessons", bx.BIT_BY_BIT, None, start=("pairs", "all_titles")),
+        Variant("title lessons", "text", None, start=("all_titles",)),
+        Variant("title lessons, ratings", "text", 1e-4, start=("all_titles",)),
     )
 }
 TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` changes what is learned
@@ -166,6 +168,7 @@ RUNS = {
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
     "bit lessons": Run("bit lessons", nf4=False),  # as it was taught
+    "both lessons": Run("both lessons", nf4=False),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),
@@ -192,10 +195,9 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     if done:
         return bu.load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if card["start"]:
-        start = bu.ROOT / "data" / "adapters" / variant.start
-        model = bu.load_adapter(model, start)
+        model, curve = started(model, variant.start)
         if variant.lr is None:
-            return model, tokenizer, pd.read_csv(start / "curve.csv")
+            return model, tokenizer, curve
     rows = bu.sample_sittings(dataset, profile.tune_rows, seed)
     prompts = bu.build_prompts(dataset, rows, codes, variant.style, run.fmt, history=run.history)
     kept = bu.CACHE / "checkpoints" / folder.name
@@ -209,20 +211,35 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     return model, tokenizer, curve
 
 
-def shipped_sha256(name):
-    """SHA-256 of the weights of the adapter data/adapters/`name`: taught anew, it is another."""
-    weights = bu.ROOT / "data" / "adapters" / name / "adapter_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+def started(model, names):
+    """(model, learning curve) with adapters of data/adapters; of several the sum, as one of as many ranks together."""
+    first, *others = (bu.ROOT / "data" / "adapters" / name for name in names)
+    model, curve = bu.load_adapter(model, first), pd.read_csv(first / "curve.csv")
+    for folder in others:
+        model.load_adapter(folder, folder.name)
+        more = pd.read_csv(folder / "curve.csv")
+        curve = pd.concat([curve, more.assign(seconds=more.seconds + curve.seconds.iloc[-1])], ignore_index=True)
+    if others:
+        parts = ["default", *(folder.name for folder in others)]
+        model.add_weighted_adapter(parts, [1.0] * len(parts), "sum", combination_type="cat")
+        model.set_adapter("sum")
+    return model.eval(), curve
+
+
+def shipped_sha256(*names):
+    """SHA-256 of the weights of adapters in data/adapters: taught anew, they are others."""
+    weights = (bu.ROOT / "data" / "adapters" / name / "adapter_model.safetensors" for name in names)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
 
 
 def card_of(dataset, codes, profile, run, variant, seed):
     """All that determines what `tuned_llm` makes, as a dict of plain values."""
-    start = variant.start if fits(variant.start, profile) else None
+    start = " + ".join(variant.start) if fits(variant.start, profile) else None
     card = {"variant": variant.name, "style": variant.style, "lr": variant.lr, "start": start, "seed": seed}
     card |= {"data": dataset.name, "rows": bu.digest(dataset.train, list(dataset.titles))}
     card |= {"tune_rows": profile.tune_rows, "llm": profile.llm or bu.SMOLLM2, "layers": profile.layers}
     if start:  # taught anew, it is another start
-        card["start_sha256"] = shipped_sha256(start)
+        card["start_sha256"] = shipped_sha256(*variant.start)
     card |= {"lora": profile.lora, "nf4": run.nf4, "history": run.history, "version": TUNING_VERSION}
     if variant.style != "text":
         card |= {"format": run.fmt, "codes": bu.digest(codes.users, codes.items)}
@@ -232,14 +249,13 @@ def card_of(dataset, codes, profile, run, variant, seed):
 
 
 def fits(start, profile):
-    """Whether the adapter data/adapters/`start` is for the profile's LLM; a line says so where it is not."""
-    if start is None:
-        return False
-    card = json.loads((bu.ROOT / "data" / "adapters" / start / "card.json").read_text())
-    same = not profile.layers and card["llm"] == (profile.llm or bu.SMOLLM2)
-    if not same:
-        print(f"the adapter {start} is for the whole {card['llm']}; this LLM begins without it")
-    return same
+    """Whether there are adapters to start from, all for the profile's LLM; a line says so where one is not."""
+    for name in start:
+        card = json.loads((bu.ROOT / "data" / "adapters" / name / "card.json").read_text())
+        if profile.layers or card["llm"] != (profile.llm or bu.SMOLLM2):
+            print(f"the adapter {name} is for the whole {card['llm']}; this LLM begins without it")
+            return False
+    return bool(start)
 
 
 def answer(name, seed, dataset, profile):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import records
 import results
+import torch
 from conftest import make_dataset, make_rows
 
 import binllm_llm
@@ -113,7 +114,7 @@ def test_lessons_are_examined_as_they_were_left(small, monkeypatch, capsys):
     curve = pd.DataFrame({"step": [1, 2], "rows": [8, 8], "loss": [0.7, 0.6], "seconds": [1.0, 3.5]})
     card = {"llm": bu.SMOLLM2}
     bu.save_adapter(model, folder.parent / "data" / "adapters" / "all_titles", card, curve)
-    monkeypatch.setattr(results, "fits", lambda start, _: start == "all_titles")
+    monkeypatch.setattr(results, "fits", lambda start, _: start == ("all_titles",))
     results.answer("title lessons", 0, toy, SMOKE)
     rows = bu.sample_rows(toy.test, SMOKE.eval_rows)
     p = bu.score(model, bu.load_llm(layers=2)[1], bu.build_prompts(toy, rows, style="text"), progress=False)
@@ -123,6 +124,28 @@ def test_lessons_are_examined_as_they_were_left(small, monkeypatch, capsys):
     assert (run.tuning_rows, run.tuning_seconds) == (16, 3.5)
 
 
+def test_two_adapters_together_change_the_weights_by_both_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(bu, "ROOT", tmp_path)
+    for seed, name in enumerate(("codes", "titles")):
+        torch.manual_seed(seed)
+        model = binllm_llm.with_lora(bu.load_llm(layers=2, nf4=False)[0], "all")
+        for weight in (weight for place, weight in model.named_parameters() if "lora_B" in place):
+            weight.data.normal_(std=0.05)
+        curve = pd.DataFrame({"step": [1, 2], "rows": [8, 8], "loss": [0.7, 0.6], "seconds": [1.0, 3.5]})
+        bu.save_adapter(model, tmp_path / "data" / "adapters" / name, {"llm": bu.SMOLLM2}, curve)
+    model, tokenizer = bu.load_llm(layers=2, nf4=False)
+    asked = ["Is it so?\n#Answer:", "Or the other way round, as a longer prompt says?\n#Answer:"]
+    plain = bu.score(model, tokenizer, asked, progress=False)
+    both, curve = results.started(model, ("codes", "titles"))
+    found = np.log(bu.score(both, tokenizer, asked, progress=False))
+    added = bu.load_llm(layers=2, nf4=False)[0]
+    for name in ("titles", "codes"):  # one after the other written into the weights
+        added = bu.load_adapter(added, tmp_path / "data" / "adapters" / name).merge_and_unload()
+    assert np.allclose(found, np.log(bu.score(added, tokenizer, asked, progress=False)), atol=1e-3)
+    assert np.abs(found - np.log(plain)).max() > 0.1
+    assert curve.seconds.tolist() == [1, 3.5, 4.5, 7] and curve.rows.sum() == 32
+
+
 def test_the_papers_variants_use_the_papers_prompts_and_start_plain():
     for name, style in (
         ("text", "text"),
@@ -130,7 +153,7 @@ def test_the_papers_variants_use_the_papers_prompts_and_start_plain():
         ("one_step", "text+codes"),
         ("two_step", "text+codes"),
     ):
-        assert results.VARIANTS[name].style == style and results.VARIANTS[name].start is None
+        assert results.VARIANTS[name].style == style and not results.VARIANTS[name].start
     assert results.VARIANTS["two_step"].first is results.TEXT
     plain = {name for name, run in results.RUNS.items() if not run.nf4}
     assert plain == {"codes_only, float32", "bit lessons"}  # the second is of an adapter taught so
