@@ -1,10 +1,11 @@
-"""What titles add to codes: about films that nobody has rated, and about all. python scripts/cold.py; ten minutes.
+"""What titles add to codes: about films that nobody has rated, and about all. python scripts/cold.py; an hour.
 
-A fifth of the films is cold (`bx.some_items`): their ratings are hidden from all that learns and from the likes shown,
-and the valid and test rows about them say who was right. Then nothing is hidden, and the answers of the run `title
-lessons` of results.py stand beside the shipped codes. Stacks are fitted on valid. The file: cold.csv, a line a split,
-kind of film, method and seed, with the paired difference from `base` on the same rows; test is not printed. cold.txt
-names what the lines were made from: the same is not made again.
+Each fifth of the films is cold once: its ratings are hidden from all that learns, and the valid and test rows about it
+say who was right. The first fifth (`bx.some_items`) is the one that the adapter `titles` was never asked about: there
+the LLM answers too. Then nothing is hidden, and the answers of the run `title lessons` of results.py stand beside the
+shipped codes. Stacks are fitted on valid. The file: cold.csv, a line a split, kind of film, method and seed, with the
+paired difference from `base` on the same rows; test is not printed. cold.txt names what the lines were made from: the
+same is not made again.
 """
 
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.numpy import load
 from sklearn.decomposition import PCA
@@ -92,15 +94,34 @@ def logit(p):
 
 
 # ---------------------------------------------------------------------------------------------- what is compared
-def collaborative(hidden, features, seed):
+def fifths(dataset):
+    """Five arrays of item ids, every item in one; the first is `bx.some_items`."""
+    return np.array_split(bx.some_items(dataset, share=1), 5)
+
+
+def known_of_films(dataset, told):
+    """{name: float32 [n_items, F]}: what models may know of a film beside ratings, none of it made of ratings.
+
+    told: {name: [n_items, k]}, what titles say.
+    """
+    tags = bu.item_features(dataset)[:, :-1]  # the last column counts ratings: never zero for a film learned from
+    known = {"nothing": tags[:, :0], "genres and years": tags}
+    for name, vectors in told.items():
+        parts = PCA(DIMENSIONS, whiten=True, random_state=0).fit_transform(vectors).astype(np.float32)
+        known |= {name: parts, f"genres, years and {name}": np.c_[tags, parts]}
+    return known
+
+
+def collaborative(hidden, known, seed):
     """{method: function of rows -> scores} of models that saw no rating of cold films."""
-    no_features = np.zeros((hidden.n_items, 0), np.float32)
-    plain, _ = bu.fit_codes(replace(hidden, tags=None), seed=seed, progress=False)
-    codes, _ = bu.fit_codes(hidden, seed=seed, progress=False)
-    found = {"codes, no features": plain.similarity, "codes, genres and years": codes.similarity}
-    for name, columns in {"no features": no_features, **features}.items():
+    found, known = {}, known | {"genres, years and a count of ratings": bu.item_features(hidden)}
+    for name, columns in known.items():
+        codes, _ = bu.fit_codes(hidden, seed=seed, features=columns, progress=False)
         model, _ = bx.fit_hybrid(hidden, seed=seed, features=columns, progress=False)
-        found[f"continuous, {name}"] = lambda rows, model=model: bu.cf_scores(model, rows)
+        found |= {
+            f"codes, {name}": codes.similarity,
+            f"continuous, {name}": lambda rows, model=model: bu.cf_scores(model, rows),
+        }
     return found
 
 
@@ -133,46 +154,74 @@ def note(split, films, method, seed, rows, scores, base=None):
         print(f"{films} films, {method}, seed {seed}: {row['auc']}/{row['uauc']}", flush=True)
 
 
-def cold_films(rows, titles, models, seed):
-    """Rows about cold films: by each model, by titles, and by both, in a stack that valid's rows teach."""
-    scores = {name: {split: model(part) for split, part in rows.items()} for name, model in models.items()}
-    scores["LLM, titles only"], base = titles, "codes, genres and years"
+BASE = "codes, genres and years"
+
+
+def every_film_once(dataset, known, seed):
+    """{method: {split: scores, a Series by row}}: all rows, each scored by a model that saw no rating of its film."""
+    found = {}
+    for cold in tqdm(fifths(dataset), desc="fifths of the films", leave=False):
+        for name, model in collaborative(bx.without_ratings(dataset, cold), known, seed).items():
+            for split in ("valid", "test"):
+                part = getattr(dataset, split)
+                part = part[part.item.isin(cold)]
+                found.setdefault(name, {}).setdefault(split, []).append(pd.Series(model(part), part.index))
+    return {
+        name: {split: pd.concat(parts).sort_index() for split, parts in sides.items()} for name, sides in found.items()
+    }
+
+
+def compared(films, rows, scores, seed):
+    """Lines for each method, against BASE; rows: {split: rows}, scores: {method: {split: Series}}."""
     for split, part in rows.items():
         for name, mine in scores.items():
-            note(split, "cold", name, seed, part, mine[split], None if name == base else (base, scores[base][split]))
-    for name in (base, "continuous, genres and years"):
-        sides = [[scores[name][split], titles[split]] for split in ("valid", "test")]
-        both = stacked(rows["valid"].label, *sides)
-        note("test", "cold", f"{name} + LLM", seed, rows["test"], both, (name, scores[name]["test"]))
+            base = None if name == BASE else (BASE, scores[BASE][split][part.index])
+            note(split, films, name, seed, part, mine[split][part.index], base)
 
 
-def all_films(dataset, codes, seed):
+def with_llm(rows, scores, titles, seed):
+    """Rows about films that no lesson asked about: by titles, and with codes in a stack that valid's rows teach."""
+    for split, part in rows.items():
+        base = BASE, scores[BASE][split][part.index]
+        note(split, "asked", BASE, seed, part, base[1])
+        note(split, "asked", "LLM, titles only", seed, part, titles[split], base)
+    for name in (BASE, "continuous, genres and years"):
+        sides = {split: [scores[name][split][part.index], titles[split]] for split, part in rows.items()}
+        both = stacked(rows["valid"].label, sides["valid"], sides["test"])
+        note("test", "asked", f"{name} + LLM", seed, rows["test"], both, (name, sides["test"][0]))
+
+
+def all_films(dataset, codes, seed, learned=None):
     """All test rows, nothing hidden: what titles add to codes, over all films and by ratings in training.
 
     In a stack, plain or gated, and where codes leave a tie: 33 similarities order few rows. There a film's like rate,
-    which needs no LLM, is the control.
+    which needs no LLM, is the control. learned: what the codes were learned from, where it is not `dataset`: then over
+    all films alone.
     """
-    counts, rates, sides = np.bincount(dataset.train.item, minlength=dataset.n_items), film_rates(dataset), {}
+    whole, learned, sides = {"all": (0, np.inf), **BINS}, learned or dataset, {}
+    if learned is not dataset:
+        whole = {"all, whole past": (0, np.inf)}
+    counts, rates, name = np.bincount(learned.train.item, minlength=learned.n_items), film_rates(learned), [*whole][0]
     for split in ("valid", "test"):
         p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet", dataset)["title lessons"].dropna()
         part, p = getattr(dataset, split).loc[p.index], p.to_numpy(np.float64)
         sides[split] = part, codes.similarity(part), p, counts[part.item]
     (valid, *learn), (test, *ask) = ((part, own, logit(p), count) for part, own, p, count in sides.values())
     untied = {split: ties_by(own, p, codes.bits) for split, (_, own, p, _) in sides.items()}
-    note("valid", "all", "codes", seed, valid, learn[0])
-    note("valid", "all", "codes, ties by LLM", seed, valid, untied["valid"], ("codes", learn[0]))
+    note("valid", name, "codes", seed, valid, learn[0])
+    note("valid", name, "codes, ties by LLM", seed, valid, untied["valid"], ("codes", learn[0]))
     alone, titles, count = ask
     scores = {"LLM, titles only": titles, "codes + LLM": stacked(valid.label, learn[:2], ask[:2])}
     scores["codes + LLM, gated"] = stacked(valid.label, gated(*learn), gated(*ask))
     scores["codes, ties by LLM"] = untied["test"]
     scores["codes, ties by like rate"] = ties_by(alone, rates[test.item], codes.bits)
-    for films, (low, high) in {"all": (0, np.inf), **BINS}.items():
+    for films, (low, high) in whole.items():
         mine = (low <= count) & (count <= high)
         if test[mine].groupby("user").label.nunique().max() != 2:  # too few to tell anything
             continue
         note("test", films, "codes", seed, test[mine], alone[mine])
-        for name, those in scores.items():
-            note("test", films, name, seed, test[mine], those[mine], ("codes", alone[mine]))
+        for method, those in scores.items():
+            note("test", films, method, seed, test[mine], those[mine], ("codes", alone[mine]))
 
 
 def film_rates(dataset):
@@ -181,9 +230,10 @@ def film_rates(dataset):
     return found.reindex(range(dataset.n_items)).fillna(mean).to_numpy()
 
 
-def made_from(dataset, version=1):
+def made_from(dataset, version=2):
     """Digest of all that decides the lines; raise `version` when this file makes other ones of the same."""
     codes = [bu.cached_codes(dataset, 32, seed) for seed in SEEDS]
+    codes.append(bu.cached_codes(bu.load_ml1m(past="all"), recipe="past"))
     told = [records.read_answers(RECORDS / f"answers-patient-{split}.parquet", dataset) for split in ("valid", "test")]
     told = [part["title lessons"].dropna().to_numpy() for part in told]
     words = [str(version), results.shipped_sha256("titles"), *dataset.titles]
@@ -198,22 +248,20 @@ def main():
     key, mark = made_from(dataset), RECORDS / "cold.txt"
     if mark.exists() and mark.read_text() == key + "\n":
         return print("cold films: there already")
-    cold = bx.some_items(dataset)
-    hidden = bx.without_ratings(dataset, cold)
-    rows = {split: part[part.item.isin(cold)] for split, part in (("valid", dataset.valid), ("test", dataset.test))}
+    cold, rows = fifths(dataset)[0], {"valid": dataset.valid, "test": dataset.test}
+    asked = {split: part[part.item.isin(cold)] for split, part in rows.items()}
     model, tokenizer = bu.load_llm(bu.SMOLLM2)
-    known, titles = bu.item_features(hidden), dataset.titles
-    told = {"word vectors": word_vectors(titles), "title states": title_states(model, tokenizer, titles)}
+    titles = dataset.titles
+    told = {"title states": title_states(model, tokenizer, titles), "word vectors": word_vectors(titles)}
     model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / "titles")
-    told["title states after lessons"] = title_states(model, tokenizer, titles)
-    answers = title_answers(model, tokenizer, dataset, rows, cold, key)
-    features = {"genres and years": known}
-    for name, vectors in told.items():
-        parts = PCA(DIMENSIONS, whiten=True, random_state=0).fit_transform(vectors).astype(np.float32)
-        features |= {name: parts, f"genres, years and {name}": np.c_[known, parts]}
+    answers = title_answers(model, tokenizer, dataset, asked, cold, key)
     for seed in SEEDS:
-        cold_films(rows, answers, collaborative(hidden, features, seed), seed)
+        scores = every_film_once(dataset, known_of_films(dataset, told), seed)
+        compared("cold", rows, scores, seed)
+        with_llm(asked, scores, answers, seed)
         all_films(dataset, bu.cached_codes(dataset, 32, seed), seed)
+    past = bu.load_ml1m(past="all")
+    all_films(dataset, bu.cached_codes(past, recipe="past"), 0, learned=past)
     mark.write_text(key + "\n")
     for split in rows:
         shutil.rmtree(bu.CACHE / "answers" / f"cold-{key}-{split}", ignore_errors=True)

@@ -37,6 +37,8 @@ METHODS = {
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
     ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
     ("llm", "bit lessons, float32"): "LLM taught by made-up codes, not in four bits",
+    ("llm", "code lessons, float32"): "LLM taught by made-up codes, the paper's prompt, not in four bits",
+    ("llm", "both lessons, float32"): "LLM taught by made-up codes and by titles, not in four bits",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
 }

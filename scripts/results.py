@@ -134,7 +134,7 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; three at a lower rate
         Variant("text, lr 3e-4", "text", 3e-4),
         Variant("codes_only, lr 3e-4", "codes", 3e-4),
         Variant("one_step, lr 3e-4", "text+codes", 3e-4),
-        Variant("literate one_step", bx.SIDE_BY_SIDE, 1e-4, start=("literacy",)),
+        Variant("code lessons", "text+codes", None, start=("literacy",)),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start=("pairs",)),
         Variant("bit lessons", bx.BIT_BY_BIT, None, start=("pairs",)),
         Variant("both lessons", bx.BIT_BY_BIT, None, start=("pairs", "all_titles")),
@@ -167,7 +167,8 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "bit lessons": Run("bit lessons", nf4=False),  # as it was taught
+    "code lessons": Run("code lessons", nf4=False),  # the first three as they were taught
+    "bit lessons": Run("bit lessons", nf4=False),
     "both lessons": Run("both lessons", nf4=False),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings", test=False),
@@ -345,9 +346,9 @@ def main(wanted):
     profile, dataset, past = own_profile(), bu.load_ml1m(), bu.load_ml1m(past="all")
     runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
     runs |= {f"past: {name}": partial(without_llm, name, past) for name in collaborative(past, profile)}
-    runs |= {name: partial(answer, name, 0, dataset) for name in RUNS} | {
-        "past: bit lessons": partial(answer, "bit lessons", 0, past)
-    }
+    runs |= {name: partial(answer, name, 0, dataset) for name in RUNS}
+    taught = [name for name, run in RUNS.items() if VARIANTS[run.variant].lr is None and run.variant != "title lessons"]
+    runs |= {f"past: {name}": partial(answer, name, 0, past) for name in taught}
     tuned = [name for name, run in RUNS.items() if VARIANTS[run.variant].lr]  # seeds change nothing in the others
     runs |= {f"{name}, seed {seed}": partial(answer, name, seed, dataset) for seed in (1, 2) for name in tuned}
     unknown = set(wanted) - set(runs)

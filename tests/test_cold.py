@@ -1,6 +1,7 @@
 """What titles add to codes: who has seen which film, what a stack learns from, and which lines are kept."""
 
 import zipfile
+from dataclasses import replace
 
 import cold
 import numpy as np
@@ -103,19 +104,68 @@ def test_a_line_holds_the_paired_difference_and_test_is_not_printed(toy, kept, c
     assert mine["uauc_more_lo"] == pytest.approx(gap.low["uauc"], abs=1e-4)
 
 
+def test_each_film_is_cold_once_and_the_llm_was_never_asked_about_the_first_fifth(toy, ml1m):
+    for dataset in (toy, ml1m):
+        parts = cold.fifths(dataset)
+        assert len(parts) == 5 and sorted(np.concatenate(parts)) == list(range(dataset.n_items))
+        assert np.array_equal(parts[0], bx.some_items(dataset))
+
+
+def test_what_is_known_of_films_counts_no_ratings(toy):
+    toy = replace(toy, tags=[("odd",) if item % 2 else ("even",) for item in range(30)])
+    told = {"title states": np.random.default_rng(0).normal(size=(30, 40))}
+    known = cold.known_of_films(toy, told)
+    hidden = cold.known_of_films(bx.without_ratings(toy, bx.some_items(toy)), told)
+    assert list(known) == ["nothing", "genres and years", "title states", "genres, years and title states"]
+    assert all(np.array_equal(known[name], hidden[name]) for name in known)
+    assert [columns.shape[1] for columns in known.values()] == [0, 2, 16, 18]
+    counted = bu.item_features(bx.without_ratings(toy, bx.some_items(toy)))
+    assert (counted[bx.some_items(toy), -1] == 0).all() and (bu.item_features(toy)[:, -1] > 0).all()
+
+
+def test_each_row_is_scored_once_by_a_model_that_saw_no_rating_of_its_film(toy, monkeypatch):
+    fitted = []
+
+    def models(hidden, known, seed):
+        assert known == "known" and seed == 7
+        fitted.append(set(hidden.train.item) | set(hidden.valid.item))
+        place = len(fitted) - 1
+        return {"mine": lambda rows: np.full(len(rows), place)}
+
+    monkeypatch.setattr(cold, "collaborative", models)
+    scores = cold.every_film_once(toy, "known", 7)["mine"]
+    for split in ("valid", "test"):
+        part = getattr(toy, split)
+        assert scores[split].index.equals(part.index)
+        for item, place in zip(part.item, scores[split]):
+            assert item not in fitted[place]
+
+
 def test_cold_films_are_compared_on_the_same_rows(toy, kept):
     films = bx.some_items(toy, share=0.5)
     hidden = bx.without_ratings(toy, films)
-    models = cold.collaborative(hidden, {"genres and years": bu.item_features(hidden)}, seed=0)
+    known = cold.known_of_films(toy, {"title states": np.random.default_rng(0).normal(size=(30, 40))})
+    models = cold.collaborative(hidden, known, seed=0)
     rows = {split: part[part.item.isin(films)] for split, part in (("valid", toy.valid), ("test", toy.test))}
+    scores = {
+        name: {split: pd.Series(model(part), part.index) for split, part in rows.items()}
+        for name, model in models.items()
+    }
     titles = {split: part.label + np.random.default_rng(1).normal(0, 0.5, len(part)) for split, part in rows.items()}
-    cold.cold_films(rows, titles, models, 0)
-    table = kept().set_index(["split", "method"])
-    assert set(table.rows["test"]) == {len(rows["test"])} and set(table.rows["valid"]) == {len(rows["valid"])}
-    assert len(table.loc["test"]) == len(table.loc["valid"]) + 2  # the stacks, which learn from valid
-    assert table.uauc["test", "codes, no features"] == 0.5  # all cold films have one code then
-    both = table.loc["test", "codes, genres and years + LLM"]
+    cold.compared("cold", rows, scores, 0)
+    cold.with_llm(rows, scores, titles, 0)
+    table = kept()
+    assert table[table.split == "test"].rows.nunique() == 1
+    table = table.set_index(["films", "split", "method"]).sort_index()
+    assert len(table.loc["cold", "test"]) == len(table.loc["cold", "valid"]) == 2 * 5
+    for kind in ("codes", "continuous"):  # all cold films have one code then, and one vector
+        assert table.uauc["cold", "test", f"{kind}, nothing"] == 0.5
+    assert np.isnan(table.auc_more["cold", "test", cold.BASE])
+    count = table.loc["cold", "test", "codes, genres, years and a count of ratings"]
+    assert count.base == cold.BASE and np.isfinite(count.auc_more)
+    both = table.loc["asked", "test", "codes, genres and years + LLM"]
     assert both.auc > 0.7 and both.base == "codes, genres and years" and both.auc_more > 0
+    assert "codes, genres and years + LLM" not in table.loc["asked", "valid"].index  # the stack learned from these rows
 
 
 def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_path):
@@ -133,6 +183,9 @@ def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_pat
     codes, counts = table.xs("codes", level="method"), np.bincount(toy.train.item)[toy.test.item]
     assert codes.rows["all"] == 100 and codes.rows["10-19"] == ((counts > 9) & (counts < 20)).sum() > 90
     assert codes.auc["all"] == pytest.approx(bu.auc(toy.test.label, toy_codes.similarity(toy.test)), abs=1e-4)
+    cold.all_films(toy, toy_codes, 0, learned=replace(toy, name="longer"))
+    longer = kept().query("films == 'all, whole past' and split == 'test'").set_index("method")
+    assert longer.auc.to_dict() == table.auc["all"].to_dict()  # the same codes and answers; no bins
 
 
 def test_the_lines_kept_are_made_from_what_is_there_and_are_not_made_again(ml1m, monkeypatch, capsys):
