@@ -208,6 +208,20 @@ def test_unseen_ids_get_what_is_known_of_them():
     assert even > odd
 
 
+def test_codes_take_features_of_ones_own(toy):
+    """An unseen item has the code that its features say; those of `item_features` are what is taken unasked."""
+    train, valid = (part.assign(label=part.item % 2) for part in (toy.train, toy.valid))
+    hidden = replace(toy, train=train[~train.item.isin([3, 4, 5])], valid=valid)
+    mine = np.arange(30, dtype=np.float32)[:, None] % 2  # what decides
+    mine[[3, 4, 5]] = [[0], [1], [0]]
+    settings = {"bits": 16, "max_epochs": 100, "progress": False}
+    codes, _ = bu.fit_codes(hidden, features=mine, **settings)
+    assert np.array_equal(codes.items[3], codes.items[5]) and not np.array_equal(codes.items[3], codes.items[4])
+    usual, _ = bu.fit_codes(hidden, **settings)
+    same, _ = bu.fit_codes(hidden, features=bu.item_features(hidden), **settings)
+    assert np.array_equal(usual.items, same.items) and np.array_equal(usual.users, same.users)
+
+
 def test_features_are_tags_and_how_often_seen():
     train = pd.DataFrame({"user": [0, 1, 0], "item": [0, 0, 2], "label": [1, 0, 1], "timestamp": [1, 2, 3]})
     later = {split: train.assign(timestamp=train.timestamp + 10 * k) for k, split in enumerate(bu.SPLITS)}
