@@ -158,7 +158,10 @@ def results_page(folder):
             "By `scripts/cold.py`. *more*: the paired difference from `base`, mean of the seeds; in brackets, with how "
             "many of them it is surely up or down, its interval over users all above or below zero."
         ]
-        parts += ["Cold: a fifth of the films, whose ratings were hidden from all that learned."]
+        parts += [
+            "Cold: each film in turn, its ratings hidden from all that learned; asked: the fifth that no lesson asked "
+            "about. Whole past: the codes alone know it, the LLM does not."
+        ]
     for name, (title, note) in RECORDED.items():
         if (folder / f"{name}.csv").exists():
             table = pd.read_csv(folder / f"{name}.csv").drop(
