@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +119,7 @@ def collaborative(hidden, known, seed):
     for name, columns in known.items():
         codes, _ = bu.fit_codes(hidden, seed=seed, features=columns, progress=False)
         model, _ = bx.fit_hybrid(hidden, seed=seed, features=columns, progress=False)
-        found |= {
-            f"codes, {name}": codes.similarity,
-            f"continuous, {name}": lambda rows, model=model: bu.cf_scores(model, rows),
-        }
+        found |= {f"codes, {name}": codes.similarity, f"continuous, {name}": partial(bu.cf_scores, model)}
     return found
 
 
@@ -181,27 +179,23 @@ def compared(films, rows, scores, seed):
 
 def with_llm(rows, scores, titles, seed):
     """Rows about films that no lesson asked about: by titles, and with codes in a stack that valid's rows teach."""
-    for split, part in rows.items():
-        base = BASE, scores[BASE][split][part.index]
-        note(split, "asked", BASE, seed, part, base[1])
-        note(split, "asked", "LLM, titles only", seed, part, titles[split], base)
+    titles = {split: pd.Series(titles[split], part.index) for split, part in rows.items()}
+    compared("asked", rows, {BASE: scores[BASE], "LLM, titles only": titles}, seed)
     for name in (BASE, "continuous, genres and years"):
         sides = {split: [scores[name][split][part.index], titles[split]] for split, part in rows.items()}
         both = stacked(rows["valid"].label, sides["valid"], sides["test"])
         note("test", "asked", f"{name} + LLM", seed, rows["test"], both, (name, sides["test"][0]))
 
 
-def all_films(dataset, codes, seed, learned=None):
+def all_films(dataset, learned, codes, seed):
     """All test rows, nothing hidden: what titles add to codes, over all films and by ratings in training.
 
     In a stack, plain or gated, and where codes leave a tie: 33 similarities order few rows. There a film's like rate,
-    which needs no LLM, is the control. learned: what the codes were learned from, where it is not `dataset`: then over
-    all films alone.
+    which needs no LLM, is the control. learned: what the codes were learned from; where that is not `dataset`, all
+    films stand together only.
     """
-    whole, learned, sides = {"all": (0, np.inf), **BINS}, learned or dataset, {}
-    if learned is not dataset:
-        whole = {"all, whole past": (0, np.inf)}
-    counts, rates, name = np.bincount(learned.train.item, minlength=learned.n_items), film_rates(learned), [*whole][0]
+    name, bins = ("all", BINS) if learned is dataset else ("all, whole past", {})
+    counts, rates, sides = np.bincount(learned.train.item, minlength=learned.n_items), film_rates(learned), {}
     for split in ("valid", "test"):
         p = records.read_answers(RECORDS / f"answers-patient-{split}.parquet", dataset)["title lessons"].dropna()
         part, p = getattr(dataset, split).loc[p.index], p.to_numpy(np.float64)
@@ -215,7 +209,7 @@ def all_films(dataset, codes, seed, learned=None):
     scores["codes + LLM, gated"] = stacked(valid.label, gated(*learn), gated(*ask))
     scores["codes, ties by LLM"] = untied["test"]
     scores["codes, ties by like rate"] = ties_by(alone, rates[test.item], codes.bits)
-    for films, (low, high) in whole.items():
+    for films, (low, high) in ({name: (0, np.inf)} | bins).items():
         mine = (low <= count) & (count <= high)
         if test[mine].groupby("user").label.nunique().max() != 2:  # too few to tell anything
             continue
@@ -230,10 +224,10 @@ def film_rates(dataset):
     return found.reindex(range(dataset.n_items)).fillna(mean).to_numpy()
 
 
-def made_from(dataset, version=2):
+def made_from(dataset, past, version=2):
     """Digest of all that decides the lines; raise `version` when this file makes other ones of the same."""
     codes = [bu.cached_codes(dataset, 32, seed) for seed in SEEDS]
-    codes.append(bu.cached_codes(bu.load_ml1m(past="all"), recipe="past"))
+    codes.append(bu.cached_codes(past, recipe="past"))
     told = [records.read_answers(RECORDS / f"answers-patient-{split}.parquet", dataset) for split in ("valid", "test")]
     told = [part["title lessons"].dropna().to_numpy() for part in told]
     words = [str(version), results.shipped_sha256("titles"), *dataset.titles]
@@ -244,8 +238,8 @@ def made_from(dataset, version=2):
 
 def main():
     bu.quiet()
-    dataset = bu.load_ml1m()
-    key, mark = made_from(dataset), RECORDS / "cold.txt"
+    dataset, past = bu.load_ml1m(), bu.load_ml1m(past="all")
+    key, mark = made_from(dataset, past), RECORDS / "cold.txt"
     if mark.exists() and mark.read_text() == key + "\n":
         return print("cold films: there already")
     cold, rows = fifths(dataset)[0], {"valid": dataset.valid, "test": dataset.test}
@@ -255,13 +249,13 @@ def main():
     told = {"title states": title_states(model, tokenizer, titles), "word vectors": word_vectors(titles)}
     model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / "titles")
     answers = title_answers(model, tokenizer, dataset, asked, cold, key)
+    known = known_of_films(dataset, told)
     for seed in SEEDS:
-        scores = every_film_once(dataset, known_of_films(dataset, told), seed)
+        scores = every_film_once(dataset, known, seed)
         compared("cold", rows, scores, seed)
         with_llm(asked, scores, answers, seed)
-        all_films(dataset, bu.cached_codes(dataset, 32, seed), seed)
-    past = bu.load_ml1m(past="all")
-    all_films(dataset, bu.cached_codes(past, recipe="past"), 0, learned=past)
+        all_films(dataset, dataset, bu.cached_codes(dataset, 32, seed), seed)
+    all_films(dataset, past, bu.cached_codes(past, recipe="past"), 0)
     mark.write_text(key + "\n")
     for split in rows:
         shutil.rmtree(bu.CACHE / "answers" / f"cold-{key}-{split}", ignore_errors=True)

@@ -167,7 +167,7 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "code lessons": Run("code lessons", nf4=False),  # the first three as they were taught
+    "code lessons": Run("code lessons", nf4=False),  # these three as they were taught
     "bit lessons": Run("bit lessons", nf4=False),
     "both lessons": Run("both lessons", nf4=False),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
@@ -347,9 +347,10 @@ def main(wanted):
     runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
     runs |= {f"past: {name}": partial(without_llm, name, past) for name in collaborative(past, profile)}
     runs |= {name: partial(answer, name, 0, dataset) for name in RUNS}
-    taught = [name for name, run in RUNS.items() if VARIANTS[run.variant].lr is None and run.variant != "title lessons"]
-    runs |= {f"past: {name}": partial(answer, name, 0, past) for name in taught}
-    tuned = [name for name, run in RUNS.items() if VARIANTS[run.variant].lr]  # seeds change nothing in the others
+    variants = {name: VARIANTS[run.variant] for name, run in RUNS.items()}
+    taught = [name for name, variant in variants.items() if variant.lr is None and variant.style != "text"]
+    runs |= {f"past: {name}": partial(answer, name, 0, past) for name in taught}  # codes are what the past changes
+    tuned = [name for name, variant in variants.items() if variant.lr]  # seeds change nothing in the others
     runs |= {f"{name}, seed {seed}": partial(answer, name, seed, dataset) for seed in (1, 2) for name in tuned}
     unknown = set(wanted) - set(runs)
     if unknown:

@@ -56,6 +56,11 @@ def ml1m():
     return bu.load_ml1m()
 
 
+@pytest.fixture(scope="session")
+def past():
+    return bu.load_ml1m(past="all")
+
+
 @pytest.fixture
 def llm():
     """The real LLM's first two layers, in four bits: every code path, a fifteenth of the work. Fresh for each test."""

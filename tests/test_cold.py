@@ -174,7 +174,7 @@ def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_pat
         part = getattr(toy, split)
         p = np.where(part.label == 1, 0.9, 0.1)
         cold.records.keep_answers(tmp_path / f"answers-patient-{split}.parquet", "title lessons", toy, part, p)
-    cold.all_films(toy, toy_codes, 0)
+    cold.all_films(toy, toy, toy_codes, 0)
     table = kept().set_index("split")
     assert table.loc["valid"].method.tolist() == ["codes", "codes, ties by LLM"]
     table = table.loc["test"].set_index(["films", "method"])
@@ -183,26 +183,26 @@ def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_pat
     codes, counts = table.xs("codes", level="method"), np.bincount(toy.train.item)[toy.test.item]
     assert codes.rows["all"] == 100 and codes.rows["10-19"] == ((counts > 9) & (counts < 20)).sum() > 90
     assert codes.auc["all"] == pytest.approx(bu.auc(toy.test.label, toy_codes.similarity(toy.test)), abs=1e-4)
-    cold.all_films(toy, toy_codes, 0, learned=replace(toy, name="longer"))
+    cold.all_films(toy, replace(toy, name="longer"), toy_codes, 0)
     longer = kept().query("films == 'all, whole past' and split == 'test'").set_index("method")
     assert longer.auc.to_dict() == table.auc["all"].to_dict()  # the same codes and answers; no bins
 
 
-def test_the_lines_kept_are_made_from_what_is_there_and_are_not_made_again(ml1m, monkeypatch, capsys):
-    assert (cold.RECORDS / "cold.txt").read_text().strip() == cold.made_from(ml1m)
+def test_the_lines_kept_are_made_from_what_is_there_and_are_not_made_again(ml1m, past, monkeypatch, capsys):
+    assert (cold.RECORDS / "cold.txt").read_text().strip() == cold.made_from(ml1m, past)
     monkeypatch.setattr(bu, "load_llm", lambda *_: pytest.fail("it began"))
     cold.main()
     assert "there already" in capsys.readouterr().out
-    assert cold.made_from(ml1m) != cold.made_from(ml1m, version=-1)
+    assert cold.made_from(ml1m, past) != cold.made_from(ml1m, past, version=-1)
 
 
-def test_other_answers_are_another_start(ml1m, kept, tmp_path):
+def test_other_answers_are_another_start(ml1m, past, kept, tmp_path):
     def answered(p):
         for split in ("valid", "test"):
             part = getattr(ml1m, split)
             cold.records.keep_answers(
                 tmp_path / f"answers-patient-{split}.parquet", "title lessons", ml1m, part, np.full(len(part), p)
             )
-        return cold.made_from(ml1m)
+        return cold.made_from(ml1m, past)
 
     assert answered(0.25) == answered(0.25) != answered(0.75)

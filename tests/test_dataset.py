@@ -67,8 +67,7 @@ def test_official_archive_gives_the_same_dataset(ml1m, ratings, tmp_path, monkey
         pd.testing.assert_frame_equal(getattr(official, split), getattr(ml1m, split))
 
 
-def test_the_whole_past_leaves_valid_and_test_as_they_are(ml1m):
-    past = bu.load_ml1m(past="all")
+def test_the_whole_past_leaves_valid_and_test_as_they_are(ml1m, past):
     for split in ("valid", "test"):
         pd.testing.assert_frame_equal(getattr(past, split), getattr(ml1m, split))
     assert len(past.train) == 980_981 and past.train.timestamp.max() == ml1m.train.timestamp.max()

@@ -195,9 +195,9 @@ def test_damaged_answers_are_named(tmp_path, toy, text, message):
         records.read_answers(tmp_path / "none.parquet", toy)
 
 
-def test_answers_of_one_protocol_are_not_read_or_kept_for_the_other(tmp_path, ml1m):
+def test_answers_of_one_protocol_are_not_read_or_kept_for_the_other(tmp_path, ml1m, past):
     """The test rows of both are the same, so nothing but the name tells."""
-    path, p, past = tmp_path / "answers.parquet", np.full(len(ml1m.test), 0.5), bu.load_ml1m(past="all")
+    path, p = tmp_path / "answers.parquet", np.full(len(ml1m.test), 0.5)
     records.keep_answers(path, "a", past, past.test, p)
     before = path.read_bytes()
     for act in (
