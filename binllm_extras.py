@@ -86,10 +86,10 @@ def fit_hybrid(dataset, dim=8, seed=0, features=None, max_epochs=300, progress=T
     """(HybridMF, learning curve): our continuous model, settings chosen on valid.
 
     features: float32 [n_items, F]; None takes `bu.item_features`. Ids that training never saw keep a zero embedding: an
-    unseen user has the taste all share, an unseen item what its features say.
+    unseen user has the taste all share, an unseen item what its features say. Raises ValueError for others' features.
     """
     torch.manual_seed(seed)
-    features = bu.item_features(dataset) if features is None else features
+    features = bu.item_features(dataset) if features is None else bu.check_features(features, dataset)
     model = HybridMF(dataset.n_users, dataset.n_items, dim, features)
     zero_unseen(model, dataset.train)
     settings = {"lr": LR, "weight_decay": PENALTY / len(dataset.train), "seed": seed}

@@ -188,10 +188,9 @@ def as_array(values, name):
 
 def _check_bits(code, name="code"):
     code = as_array(code, name)
-    if code.ndim == 0 or code.shape[-1] == 0 or code.shape[-1] % 8:
-        raise ValueError(
-            f"{name}: a code of {code.shape[-1] if code.ndim else 1} bits; the length must be a multiple of 8"
-        )
+    bits = code.shape[-1] if code.ndim else 1
+    if bits == 0 or bits % 8:
+        raise ValueError(f"{name}: a code of {bits} bits; the length must be a multiple of 8")
     number = (bool, int, float, np.bool_, np.integer, np.floating)  # in a table of objects there may be anything
     other = [x for x in code.flat if not isinstance(x, number)] if code.dtype == object else []
     other = other or code[~np.isin(code, (0, 1)) | (code.dtype.kind == "c")].tolist()
@@ -265,7 +264,7 @@ class BinMF(nn.Module):
     """Binary matrix factorisation (Section 3.2): h = sign(tanh(W e + b)), logits from products of two codes.
 
     An embedding e has as many numbers as a code has bits. Those of ids that training never sees are zero where the
-    recipe is ours, so that b, and for an item its features, give their codes. forward gives logits, float32 [rows].
+    recipe is ours or features are given: b and an item's features give their codes. forward gives logits, [rows].
     """
 
     def __init__(self, dataset, bits, recipe, features=None):
@@ -278,14 +277,14 @@ class BinMF(nn.Module):
         self.project_user = nn.Linear(bits, bits)  # W and b
         self.project_item = self.project_user if recipe.shared else nn.Linear(bits, bits)
         if features is None:
-            features = item_features(dataset) if recipe.features else np.zeros((dataset.n_items, 0), np.float32)
-        self.register_buffer("features", torch.from_numpy(features))
-        self.content = nn.Parameter(torch.zeros(features.shape[1], bits))
+            features = item_features(dataset) if recipe.features else np.zeros((dataset.n_items, 0))
+        self.register_buffer("features", torch.from_numpy(check_features(features, dataset)))
+        self.content = nn.Parameter(torch.zeros(self.features.shape[1], bits))
         self.scale, self.offset = nn.Parameter(torch.tensor(4.0)), nn.Parameter(torch.zeros(()))
         self.noise = [torch.zeros(n, bits) for n in (dataset.n_users, dataset.n_items)]
         for noise, seen in zip(self.noise, self.seen) if recipe.dither else ():
             noise[seen] = recipe.dither * torch.randn(len(seen), bits)
-        if recipe.features:
+        if recipe.features or self.features.shape[1]:
             zero_unseen(self, dataset.train)
 
     def z(self):
@@ -439,19 +438,27 @@ def item_features(dataset):
     return features
 
 
+def check_features(features, dataset):
+    """Features of one's own as float32 [n_items, F]; raises ValueError for another number of rows, NaN or infinity."""
+    features = np.ascontiguousarray(as_array(features, "features"), np.float32)
+    if features.ndim != 2 or len(features) != dataset.n_items or not np.isfinite(features).all():
+        what = f"features of shape {features.shape}, {(~np.isfinite(features)).sum()} of them NaN or infinite"
+        raise ValueError(f"{what}; give finite ones in {dataset.n_items} rows, one an item, in the order of ids")
+    return features
+
+
 def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=True, features=None):
     """(Codes, learning curve): `BinMF` by one of RECIPES, trained end to end through its sign (Section 3.2).
 
     features: float32 [n_items, F]; None takes `item_features` where the recipe has features. Unseen ids then get the
     code that b, and for an item its features, say. The same seed gives the same codes on the same machine.
-    Raises ValueError for an unknown recipe or when `bits` is not a positive multiple of 8.
+    Raises ValueError for an unknown recipe, features that do not fit, or `bits` not a positive multiple of 8.
     """
     how = check_recipe(bits, recipe, max_epochs)
     torch.manual_seed(seed)
     model = BinMF(dataset, bits, how, features)
-    curve = train_cf(
-        model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs, progress=progress
-    )
+    settings = how.settings(len(dataset.train)) | {"seed": seed, "max_epochs": max_epochs, "progress": progress}
+    curve = train_cf(model, dataset, **settings)
     return model.codes(), curve
 
 
@@ -509,9 +516,7 @@ def _read_codes(path, dataset, bits):
                     raise ValueError(f"{name} are larger than {shape[0]} x {shape[1]}")
             codes = Codes(arrays["users"], arrays["items"])
     except Exception as error:  # whatever reading a damaged archive may raise: there are a dozen kinds
-        raise ValueError(
-            f"{path} holds no codes that fit ({error!s:.300}); delete it, and they are made again"
-        ) from None
+        raise ValueError(f"{path} holds no codes that fit ({error!s:.300}); delete it: they are made anew") from None
     if (codes.users.shape, codes.items.shape) != tuple(shapes.values()):
         raise ValueError(f"{path} holds codes of {codes.users.shape} and {codes.items.shape}; delete it")
     return codes

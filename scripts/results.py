@@ -215,6 +215,8 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
 def started(model, names):
     """(model, learning curve) with adapters of data/adapters; of several the sum, as one of as many ranks together."""
     first, *others = (bu.ROOT / "data" / "adapters" / name for name in names)
+    for folder in others:
+        model = bu.load_adapter(model, folder).unload()  # peft itself would take one of another LLM
     model, curve = bu.load_adapter(model, first), pd.read_csv(first / "curve.csv")
     for folder in others:
         model.load_adapter(folder, folder.name)

@@ -222,6 +222,25 @@ def test_codes_take_features_of_ones_own(toy):
     assert np.array_equal(usual.items, same.items) and np.array_equal(usual.users, same.users)
 
 
+@pytest.mark.parametrize("fit", [bu.fit_codes, bx.fit_hybrid])
+def test_features_that_do_not_fit_are_refused(toy, fit):
+    known = np.ones((toy.n_items, 2))
+    for odd in (known[1:], known[:, 0], np.r_[known[1:], [[1, np.nan]]]):
+        with pytest.raises(ValueError, match="give finite ones in 30 rows, one an item"):
+            fit(toy, features=odd, max_epochs=1, progress=False)
+    fit(toy, features=known, max_epochs=1, progress=False)  # float64 is as good
+
+
+def test_features_tell_any_recipe_of_unseen_items(toy):
+    """Without features of its own, the authors' recipe leaves unseen ids at random; given some, alike is alike."""
+    hidden = replace(toy, train=toy.train[~toy.train.item.isin([3, 4, 5])])
+    mine = np.arange(30)[:, None] % 2
+    codes, _ = bu.fit_codes(hidden, 32, recipe="reference", features=mine, max_epochs=2, progress=False)
+    assert np.array_equal(codes.items[3], codes.items[5])
+    codes, _ = bu.fit_codes(hidden, 32, recipe="reference", max_epochs=2, progress=False)
+    assert not np.array_equal(codes.items[3], codes.items[5])
+
+
 def test_features_are_tags_and_how_often_seen():
     train = pd.DataFrame({"user": [0, 1, 0], "item": [0, 0, 2], "label": [1, 0, 1], "timestamp": [1, 2, 3]})
     later = {split: train.assign(timestamp=train.timestamp + 10 * k) for k, split in enumerate(bu.SPLITS)}

@@ -144,6 +144,10 @@ def test_two_adapters_together_change_the_weights_by_both_changes(tmp_path, monk
     assert np.allclose(found, np.log(bu.score(added, tokenizer, asked, progress=False)), atol=1e-3)
     assert np.abs(found - np.log(plain)).max() > 0.1
     assert curve.seconds.tolist() == [1, 3.5, 4.5, 7] and curve.rows.sum() == 32
+    deeper = binllm_llm.with_lora(bu.load_llm(layers=3, nf4=False)[0], "all")
+    bu.save_adapter(deeper, tmp_path / "data" / "adapters" / "deeper", {"llm": bu.SMOLLM2}, curve)
+    with pytest.raises(ValueError, match="was tuned on 3 layers, the model given has 2"):
+        results.started(bu.load_llm(layers=2, nf4=False)[0], ("codes", "deeper"))
 
 
 def test_the_papers_variants_use_the_papers_prompts_and_start_plain():
