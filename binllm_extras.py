@@ -384,8 +384,7 @@ def to_hex(code):
 
 
 # Two templates for `bu.build_prompts`. In the paper's a title between two codes shifts one against the other by a
-# different length in each prompt, and a small model, which compares digits at a distance it has learned, reads them
-# less surely. Here the codes stand side by side; or bit by bit, so that there is no distance to learn.
+# different length in each prompt. Here the codes stand side by side; or bit by bit: there is no distance to learn.
 SIDE_BY_SIDE = (
     "#Question: A user has given high ratings to the following movies: {likes}. Would the user enjoy the movie titled "
     '{title}? Answer with "Yes" or "No". User {user} movie {item} alike? \\n#Answer:'

@@ -1,11 +1,11 @@
 """What titles add to codes: about films that nobody has rated, and about all. python scripts/cold.py; an hour.
 
 Each fifth of the films is cold once: its ratings are hidden from all that learns, and the valid and test rows about it
-say who was right. The first fifth (`bx.some_items`) is the one that the adapter `titles` was never asked about: there
-the LLM answers too. Then nothing is hidden, and the answers of the run `title lessons` of results.py stand beside the
-shipped codes. Stacks are fitted on valid. The file: cold.csv, a line a split, kind of film, method and seed, with the
-paired difference from `base` on the same rows; test is not printed. cold.txt names what the lines were made from: the
-same is not made again.
+say who was right; each draw of the models by itself, then all draws together. The first fifth (`bx.some_items`) is the
+one that the adapter `titles` was never asked about: there the LLM answers too. Then nothing is hidden, and the answers
+of the run `title lessons` of results.py stand beside the shipped codes. Stacks are fitted on valid. The file: cold.csv,
+a line a split, kind of film, method and seed, with the paired difference from `base` on the same rows; test is not
+printed. cold.txt names what the lines were made from: the same is not made again.
 """
 
 import shutil
@@ -169,6 +169,13 @@ def every_film_once(dataset, known, seed):
     }
 
 
+def together(draws):
+    """{method: {split: scores}}, the mean of several draws: of codes, the similarity of all their bits side by side."""
+    methods = draws[0]
+    return {name: {split: sum(draw[name][split] for draw in draws) / len(draws) for split in methods[name]}
+            for name in methods}  # fmt: skip
+
+
 def compared(films, rows, scores, seed):
     """Lines for each method, against BASE; rows: {split: rows}, scores: {method: {split: Series}}."""
     for split, part in rows.items():
@@ -177,14 +184,14 @@ def compared(films, rows, scores, seed):
             note(split, films, name, seed, part, mine[split][part.index], base)
 
 
-def with_llm(rows, scores, titles, seed):
+def with_llm(films, rows, scores, titles, seed):
     """Rows about films that no lesson asked about: by titles, and with codes in a stack that valid's rows teach."""
     titles = {split: pd.Series(titles[split], part.index) for split, part in rows.items()}
-    compared("asked", rows, {BASE: scores[BASE], "LLM, titles only": titles}, seed)
+    compared(films, rows, {BASE: scores[BASE], "LLM, titles only": titles}, seed)
     for name in (BASE, "continuous, genres and years"):
         sides = {split: [scores[name][split][part.index], titles[split]] for split, part in rows.items()}
         both = stacked(rows["valid"].label, sides["valid"], sides["test"])
-        note("test", "asked", f"{name} + LLM", seed, rows["test"], both, (name, sides["test"][0]))
+        note("test", films, f"{name} + LLM", seed, rows["test"], both, (name, sides["test"][0]))
 
 
 def all_films(dataset, learned, codes, seed):
@@ -224,7 +231,7 @@ def film_rates(dataset):
     return found.reindex(range(dataset.n_items)).fillna(mean).to_numpy()
 
 
-def made_from(dataset, past, version=2):
+def made_from(dataset, past, version=3):
     """Digest of all that decides the lines; raise `version` when this file makes other ones of the same."""
     codes = [bu.cached_codes(dataset, 32, seed) for seed in SEEDS]
     codes.append(bu.cached_codes(past, recipe="past"))
@@ -243,18 +250,21 @@ def main():
     if mark.exists() and mark.read_text() == key + "\n":
         return print("cold films: there already")
     cold, rows = fifths(dataset)[0], {"valid": dataset.valid, "test": dataset.test}
-    asked = {split: part[part.item.isin(cold)] for split, part in rows.items()}
+    unasked = {split: part[part.item.isin(cold)] for split, part in rows.items()}
     model, tokenizer = bu.load_llm(bu.SMOLLM2)
     titles = dataset.titles
     told = {"title states": title_states(model, tokenizer, titles), "word vectors": word_vectors(titles)}
     model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / "titles")
-    answers = title_answers(model, tokenizer, dataset, asked, cold, key)
+    answers = title_answers(model, tokenizer, dataset, unasked, cold, key)
     known = known_of_films(dataset, told)
+    draws = []
     for seed in SEEDS:
-        scores = every_film_once(dataset, known, seed)
+        draws.append(scores := every_film_once(dataset, known, seed))
         compared("cold", rows, scores, seed)
-        with_llm(asked, scores, answers, seed)
+        with_llm("never asked", unasked, scores, answers, seed)
         all_films(dataset, dataset, bu.cached_codes(dataset, 32, seed), seed)
+    compared("cold, draws together", rows, together(draws), 0)
+    with_llm("never asked, draws together", unasked, together(draws), answers, 0)
     all_films(dataset, past, bu.cached_codes(past, recipe="past"), 0)
     mark.write_text(key + "\n")
     for split in rows:

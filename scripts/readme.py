@@ -36,7 +36,7 @@ METHODS = {
     ("llm", "codes_only, lr 3e-4"): "LLM, codes only, rate 3e-4",
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
     ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
-    ("llm", "bit lessons, float32"): "LLM taught by made-up codes, not in four bits",
+    ("llm", "bit lessons, float32"): "LLM taught by made-up codes, bit by bit, not in four bits",
     ("llm", "code lessons, float32"): "LLM taught by made-up codes, the paper's prompt, not in four bits",
     ("llm", "both lessons, float32"): "LLM taught by made-up codes and by titles, not in four bits",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
@@ -73,6 +73,10 @@ RECORDED = {  # records that are shown whole: their title, and what to know
     "ml-1m-past/runs": (
         "The same, with codes of the whole past",
         "Lessons with made-up codes, no rating as an answer.",
+    ),
+    "past_tried": (
+        "Tried on the whole past, 10,401 valid rows",
+        "The continuous model, and codes made of it by descent; by hand, on two cores AMD EPYC. `penalty`: on squares.",
     ),
     "llama_cpp": (
         "The exported file in llama.cpp itself",
@@ -159,8 +163,8 @@ def results_page(folder):
             "many of them it is surely up or down, its interval over users all above or below zero."
         ]
         parts += [
-            "Cold: each film in turn, its ratings hidden from all that learned; asked: the fifth that no lesson asked "
-            "about. Whole past: the codes alone know it, the LLM does not."
+            "Cold: each film in turn, its ratings hidden from all that learned; never asked: the fifth that no "
+            "lesson asked about. Whole past: the codes alone know it, the LLM does not."
         ]
     for name, (title, note) in RECORDED.items():
         if (folder / f"{name}.csv").exists():

@@ -43,7 +43,8 @@ class NeverBinary(bu.BinMF):
 
 
 WAYS = {"ml-1m": ["paper 32", "reference 32", "ste 32", "ste 64", "distinct 32", "distinct 64"]}
-WAYS["ml-1m-past"] = ["past 32", "past 64"]  # recipes searched for as many rows
+WAYS["ml-1m"] += ["descent 32", "descent 64"]
+WAYS["ml-1m-past"] = ["past 32", "past 64", "descent 32", "descent 64", "descent 128"]  # settings for as many rows
 
 
 def continuous(dataset, seed, max_epochs):
@@ -83,7 +84,7 @@ def collaborative(dataset, profile):
         ("continuous", "reference", None): scored(continuous, max_epochs=epochs),
         ("continuous", "hybrid", None): scored(bx.fit_hybrid, max_epochs=epochs),
     }
-    for way in [*WAYS.get(dataset.name, WAYS["ml-1m"]), "descent 32", "descent 64"]:
+    for way in WAYS.get(dataset.name, WAYS["ml-1m"]):
         recipe, bits = way.split()
         ways["codes", recipe, int(bits)] = coded(recipe, int(bits))
     found = {}

@@ -141,6 +141,16 @@ def test_each_row_is_scored_once_by_a_model_that_saw_no_rating_of_its_film(toy, 
             assert item not in fitted[place]
 
 
+def test_draws_together_are_codes_with_all_their_bits(toy, toy_codes):
+    """Three codes of 16 bits side by side are one of 48, and its similarity is the mean of theirs."""
+    rng = np.random.default_rng(0)
+    draws = [bu.Codes(*(rng.integers(0, 2, side.shape, np.uint8) for side in (toy_codes.users, toy_codes.items)))
+             for _ in range(3)]  # fmt: skip
+    longer = bu.Codes(*(np.hstack([getattr(draw, side) for draw in draws]) for side in ("users", "items")))
+    scores = [{"mine": {"test": pd.Series(draw.similarity(toy.test), toy.test.index)}} for draw in draws]
+    assert np.allclose(cold.together(scores)["mine"]["test"], longer.similarity(toy.test))
+
+
 def test_cold_films_are_compared_on_the_same_rows(toy, kept):
     films = bx.some_items(toy, share=0.5)
     hidden = bx.without_ratings(toy, films)
@@ -153,7 +163,7 @@ def test_cold_films_are_compared_on_the_same_rows(toy, kept):
     }
     titles = {split: part.label + np.random.default_rng(1).normal(0, 0.5, len(part)) for split, part in rows.items()}
     cold.compared("cold", rows, scores, 0)
-    cold.with_llm(rows, scores, titles, 0)
+    cold.with_llm("never asked", rows, scores, titles, 0)
     table = kept()
     assert table[table.split == "test"].rows.nunique() == 1
     table = table.set_index(["films", "split", "method"]).sort_index()
@@ -163,9 +173,9 @@ def test_cold_films_are_compared_on_the_same_rows(toy, kept):
     assert np.isnan(table.auc_more["cold", "test", cold.BASE])
     count = table.loc["cold", "test", "codes, genres, years and a count of ratings"]
     assert count.base == cold.BASE and np.isfinite(count.auc_more)
-    both = table.loc["asked", "test", "codes, genres and years + LLM"]
+    both = table.loc["never asked", "test", "codes, genres and years + LLM"]
     assert both.auc > 0.7 and both.base == "codes, genres and years" and both.auc_more > 0
-    assert "codes, genres and years + LLM" not in table.loc["asked", "valid"].index  # the stack learned from these rows
+    assert f"{cold.BASE} + LLM" not in table.loc["never asked", "valid"].index  # the stack learned from these rows
 
 
 def test_all_films_are_told_apart_by_their_ratings(toy, toy_codes, kept, tmp_path):
