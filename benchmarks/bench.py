@@ -1,6 +1,6 @@
 """Speed and memory side by side with the plain way of doing the same; each comparison becomes a row of bench.csv.
 
-python benchmarks/bench.py               all of them, about forty minutes on two CPU cores
+python benchmarks/bench.py               all of them, about fifty minutes on two CPU cores
 python benchmarks/bench.py score tune     some
 python benchmarks/bench.py qlora         4-bit QLoRA of a model of 7 billion weights, on a GPU only; 20 GB of disk
 
@@ -234,6 +234,18 @@ def bench_tune():
             note("tune_memory", ours[:, 1], trl[:, 1], "GB at the peak", "TRL SFTTrainer", version("trl"), 3)
 
 
+def bench_lessons():
+    """Tuning on the questions of lessons, 32 a step: films by title, and two codes of 8 bits, bit by bit."""
+    dataset = bu.load_ml1m()
+    no_opinion = np.zeros((dataset.n_users, dataset.n_items), np.float32)  # the answers change no second of it
+    asked = {"tune_titles": bx.title_lessons(dataset, no_opinion, moments=4)[0]}
+    asked["tune_bits"] = bx.code_questions(bx.code_pairs(256, 8), bx.ALIKE_PAIRS)
+    for name, prompts in asked.items():
+        ours, trl, _ = in_children((our_tuning, trl_tuning), prompts, batch_size=32)
+        peer = "TRL SFTTrainer", version("trl"), 3
+        note(name, 1 / ours[:, 0], 1 / trl[:, 0], "questions/s", *peer, more_is_better=True)
+
+
 def products(a, b):
     """40 products of two matrices."""
     for _ in range(40):
@@ -329,7 +341,7 @@ if __name__ == "__main__":
         child(*sys.argv[2:])
     else:
         benches = {"codes_fit": bench_codes_fit, "hamming": bench_hamming, "score": bench_score}
-        benches |= {"candidates": bench_candidates, "tune": bench_tune, "roofline": bench_roofline}
-        benches |= {"qlora": bench_qlora}
+        benches |= {"candidates": bench_candidates, "tune": bench_tune, "lessons": bench_lessons}
+        benches |= {"roofline": bench_roofline, "qlora": bench_qlora}
         for name in sys.argv[1:] or benches:
             benches[name]()

@@ -52,6 +52,8 @@ WHAT = {  # bench.csv
     "hamming": "ten nearest of a million codes, 2,000 times",
     "tune": "tuning on titles and codes, whole sittings",
     "tune_text": "tuning on titles only, whole sittings",
+    "tune_titles": "tuning on title lessons",
+    "tune_bits": "tuning on bit lessons, 8 bits, bit by bit",
     "tune_memory": "memory while tuning",
     "score_roofline": "speed of scoring against the machine's products",
     "tune_roofline": "speed of tuning against the machine's products",
