@@ -238,8 +238,8 @@ def bench_lessons():
     """Tuning on the questions of lessons, 32 a step: films by title, and two codes of 8 bits, bit by bit."""
     dataset = bu.load_ml1m()
     no_opinion = np.zeros((dataset.n_users, dataset.n_items), np.float32)  # the answers change no second of it
-    asked = {"tune_titles": bx.title_lessons(dataset, no_opinion, moments=4)[0]}
-    asked["tune_bits"] = bx.code_questions(bx.code_pairs(256, 8), bx.ALIKE_PAIRS)
+    asked = {"tune_titles": bx.title_lessons(dataset, no_opinion, moments=2)[0]}
+    asked["tune_bits"] = bx.code_questions(bx.code_pairs(128, 8), bx.ALIKE_PAIRS)
     for name, prompts in asked.items():
         ours, trl, _ = in_children((our_tuning, trl_tuning), prompts, batch_size=32)
         peer = "TRL SFTTrainer", version("trl"), 3
