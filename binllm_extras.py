@@ -86,7 +86,7 @@ def fit_hybrid(dataset, dim=8, seed=0, features=None, max_epochs=300, progress=T
     """(HybridMF, learning curve): our continuous model, settings chosen on valid.
 
     features: float32 [n_items, F]; None takes `bu.item_features`. Ids that training never saw keep a zero embedding: an
-    unseen user has the taste all share, an unseen item what its features say. Raises ValueError for others' features.
+    unseen user has the taste all share, an unseen item what its features say. Raises ValueError if they do not fit.
     """
     torch.manual_seed(seed)
     features = bu.item_features(dataset) if features is None else bu.check_features(features, dataset)

@@ -264,7 +264,7 @@ class BinMF(nn.Module):
     """Binary matrix factorisation (Section 3.2): h = sign(tanh(W e + b)), logits from products of two codes.
 
     An embedding e has as many numbers as a code has bits. Those of ids that training never sees are zero where the
-    recipe is ours or features are given: b and an item's features give their codes. forward gives logits, [rows].
+    recipe is ours or features are given: b and these give their codes. forward gives logits, float32 [rows].
     """
 
     def __init__(self, dataset, bits, recipe, features=None):

@@ -263,8 +263,9 @@ def main():
         compared("cold", rows, scores, seed)
         with_llm("never asked", unasked, scores, answers, seed)
         all_films(dataset, dataset, bu.cached_codes(dataset, 32, seed), seed)
-    compared("cold, draws together", rows, together(draws), 0)
-    with_llm("never asked, draws together", unasked, together(draws), answers, 0)
+    scores = together(draws)
+    compared("cold, draws together", rows, scores, 0)
+    with_llm("never asked, draws together", unasked, scores, answers, 0)
     all_films(dataset, past, bu.cached_codes(past, recipe="past"), 0)
     mark.write_text(key + "\n")
     for split in rows:
