@@ -104,8 +104,20 @@ def load_llm(name=None, *, nf4=True, layers=None, device=None):
         # no gradient passes through them (torch only warns): tuning after scoring would be silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if dtype != torch.float32:
+        answer_in_float32(model.get_output_embeddings())
     model.name_or_path = str(name)  # what the adapter's card will say
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def answer_in_float32(head):
+    """Let the output layer compute in float32: in bfloat16, logits near 16 are multiples of 1/8 and answers tie."""
+
+    def forward(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+    head.forward = forward
 
 
 @contextmanager
@@ -217,7 +229,7 @@ def rows_of(pack):
     return [row for _, rows in pack for row in rows]
 
 
-def pack_inputs(ids, pack, dtype=torch.float32):
+def pack_inputs(ids, pack, dtype=torch.float32, device="cpu"):
     """What a model must be given to answer a pack of n prompts in one pass over its T tokens.
 
     input_ids, position_ids: int64 [1, T]; attention_mask: [1, 1, T, T], added to the scores, 0 where a token is seen;
@@ -234,9 +246,9 @@ def pack_inputs(ids, pack, dtype=torch.float32):
             parent.append(beginning)
             if row is not None:
                 last.append(len(tokens) - 1)
-    segment, parent = torch.tensor(segment), torch.tensor(parent)
+    segment, parent = torch.tensor(segment, device=device), torch.tensor(parent, device=device)
     seen = (segment[:, None] == segment) | (parent[segment][:, None] == segment)  # itself, or its beginning
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen.tril(), torch.finfo(dtype).min)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen.tril(), torch.finfo(dtype).min)
     one_row = {"input_ids": torch.tensor(tokens)[None], "position_ids": torch.tensor(positions)[None]}
     return one_row | {"attention_mask": mask[None, None], "logits_to_keep": torch.tensor(last)}
 
@@ -277,7 +289,7 @@ def answer_logits(model, ids, pack, answers):
     """
     device, packed = model.device, can_pack(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    inputs = pack_inputs(ids, pack, dtype) if packed else padded_inputs(ids, pack)
+    inputs = pack_inputs(ids, pack, dtype, device) if packed else padded_inputs(ids, pack)
     if not packed:  # the model keeps the same places of all rows: all that are last in any
         last = inputs.pop("logits_to_keep")
         keep, place = last.unique(return_inverse=True)

@@ -68,11 +68,6 @@ COURSES = {
 BATCH = 32  # questions a step
 
 
-def descent(dataset):
-    """The codes that these adapters were examined with."""
-    return bu.cached_codes(dataset, recipe="descent-1")
-
-
 def lesson(dataset, where, bits, n, spread, *, seed):
     """(prompts, labels) of n questions: are these two made-up codes alike? No user's or film's own code is among them.
 
@@ -98,7 +93,8 @@ def literacy(name="literacy"):
     After each course the adapter is saved, with the courses so far in its card: run again, it goes on with the next.
     """
     dataset, folder = bu.load_ml1m(), ADAPTERS / name
-    model, tokenizer = bu.load_llm(nf4=False)
+    # `literacy` is older than the tutorial's four bits; its lessons in four bits, on a GPU, made no better reader
+    model, tokenizer = bu.load_llm(nf4=name != "literacy")
     courses, curves, seconds = json.loads(json.dumps(COURSES[name])), [], 0
     done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []
     if done != courses[: len(done)]:
@@ -129,7 +125,7 @@ def teach(dataset, model, tokenizer, lr, lessons, seeds, checkpoint):
 def exam(dataset, model, tokenizer, name, course):
     """How well real codes are read after a course, on valid rows and before any rating: data/results/literacy.csv."""
     short, styles = {"literacy": ("alike", ("side by side", "text+codes")), "pairs": ("pairs", ("bit by bit",))}[name]
-    codes, rows = descent(dataset), bu.sample_rows(dataset.valid, 150, seed=1)
+    codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.valid, 150, seed=1)
     sides = codes.users[rows.user], codes.items[rows.item]
     similarity = bu.hamming_similarity(*sides)
     scores = {"Hamming similarity itself": bx.alike(similarity)}

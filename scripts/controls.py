@@ -54,6 +54,7 @@ def falsified(dataset, rows, codes, seed=0):
     for what, (words, others) in {
         '"No" or "Yes"': ('"Yes" or "No"', '"No" or "Yes"'),
         "hate in place of enjoy": ("the user enjoy", "the user hate"),
+        "different in place of alike": (" alike?", " different?"),
     }.items():
         asked[what] = bu.fill(*bu.prompt_fields(bx.BIT_BY_BIT.replace(words, others), **true))
     return asked

@@ -36,9 +36,9 @@ METHODS = {
     ("llm", "codes_only, lr 3e-4"): "LLM, codes only, rate 3e-4",
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
     ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
-    ("llm", "bit lessons, float32"): "LLM taught by made-up codes, bit by bit, not in four bits",
+    ("llm", "bit lessons"): "LLM taught by made-up codes, bit by bit",
     ("llm", "code lessons, float32"): "LLM taught by made-up codes, the paper's prompt, not in four bits",
-    ("llm", "both lessons, float32"): "LLM taught by made-up codes and by titles, not in four bits",
+    ("llm", "both lessons"): "LLM taught by made-up codes and by titles",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
 }
@@ -225,7 +225,7 @@ def readme_table(metrics):
     test = metrics[(metrics.split == "test") & (metrics.dataset == "ml-1m")]
     whole = test[test.rows == test.rows.max()]
     keys = [("popularity", ""), ("codes", "reference"), ("codes", "ste")]
-    keys += [("llm", name) for name in ("text", "codes_only", "one_step", "two_step", "bit lessons, float32")]
+    keys += [("llm", name) for name in ("text", "codes_only", "one_step", "two_step", "bit lessons")]
     keep = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)
     shown = whole[keep & whole.bits.isin([0, 32]) & (whole.format != "dotted")]
     return results_table(shown[shown.profile == "patient"])

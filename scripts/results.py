@@ -168,9 +168,9 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
-    "code lessons": Run("code lessons", nf4=False),  # these three as they were taught
-    "bit lessons": Run("bit lessons", nf4=False),
-    "both lessons": Run("both lessons", nf4=False),
+    "code lessons": Run("code lessons", nf4=False),  # as it was taught
+    "bit lessons": Run("bit lessons"),
+    "both lessons": Run("both lessons"),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings", test=False),
     "codes_only, float32": Run("codes_only", nf4=False),

@@ -120,6 +120,24 @@ def test_the_mask_is_in_the_models_precision_not_the_machines(dtype, monkeypatch
     assert np.abs(bu.score(model.to(dtype), Letters(), prompts, progress=False) - plain).max() < 0.2
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_does_not_round_the_answers(autocast):
+    """bfloat16 has multiples of 1/8 alone near 16, where a real LLM's logits are: different prompts would tie."""
+    model = tiny("llama", FEED)
+    head = model.lm_head.weight.data
+    head[1] = 20 * head[0] + head[1] / 4  # the two answers' logits are large, and near each other
+    head[0] *= 20
+    ids = bu.encode_prompts(model, Letters(), prompts_of())
+    (pack,) = bu.make_packs(ids, range(len(ids)), 10_000)
+    true, half = bu.answer_logits(model, ids, pack, [0, 1]), model.to(torch.bfloat16)
+    rounded = bu.answer_logits(half, ids, pack, [0, 1])
+    binllm_llm.answer_in_float32(half.get_output_embeddings())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as in tuning
+        exact = bu.answer_logits(half, ids, pack, [0, 1])
+    assert len(rounded.unique()) < len(exact.unique())
+    assert (exact - true).abs().mean() < (rounded - true).abs().mean() < true.std() / 5
+
+
 def test_an_empty_prompt_is_named():
     """In a pack it would get another prompt's answer."""
     with pytest.raises(ValueError, match="prompt 1 is empty"):
