@@ -93,7 +93,7 @@ def literacy(name="literacy"):
     After each course the adapter is saved, with the courses so far in its card: run again, it goes on with the next.
     """
     dataset, folder = bu.load_ml1m(), ADAPTERS / name
-    # `literacy` is older than the tutorial's four bits; its lessons in four bits, on a GPU, made no better reader
+    # `literacy` is older than the tutorial's four bits; in four bits, on a GPU, its lessons made a worse reader
     model, tokenizer = bu.load_llm(nf4=name != "literacy")
     courses, curves, seconds = json.loads(json.dumps(COURSES[name])), [], 0
     done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []

@@ -29,6 +29,7 @@ METHODS = {
     ("llm", "text"): "LLM, titles only",
     ("llm", "text, history by row"): "LLM, titles only, history by row",
     ("llm", "codes_only"): "LLM, codes only",
+    ("llm", "codes_only, all ratings"): "**LLM, codes only**, all ratings",
     ("llm", "codes_only, float32"): "LLM, codes only, not in four bits",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
@@ -42,7 +43,7 @@ METHODS = {
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",
     ("llm", "title lessons, ratings"): "LLM, titles only, title lessons and then ratings",
 }
-README_ROWS = 8
+README_ROWS = 9
 WHAT = {  # bench.csv
     "codes_fit": "training codes",
     "score": "scoring rows of whole users",
@@ -228,7 +229,9 @@ def readme_table(metrics):
     keys += [("llm", name) for name in ("text", "codes_only", "one_step", "two_step", "bit lessons")]
     keep = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)
     shown = whole[keep & whole.bits.isin([0, 32]) & (whole.format != "dotted")]
-    return results_table(shown[shown.profile == "patient"])
+    every = shown[(shown.profile == "full") & (shown.variant == "codes_only")]
+    every = every.assign(variant="codes_only, all ratings")
+    return results_table(pd.concat([shown[shown.profile == "patient"], every]))
 
 
 def fill(text, name, table):
