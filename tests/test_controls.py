@@ -14,7 +14,7 @@ import binllm_utils as bu
 def parts(prompt):
     """(likes, title, user's bits, film's bits, the question without them)."""
     likes, title, pairs = re.search(
-        r'movies: (.*?)\. Would .* titled (".*?")\?.* movie ([01 ]+) alike', prompt
+        r'movies: (.*?)\. Would .* titled (".*?")\?.* movie ([01 ]+) (?:alike|different)\?', prompt
     ).groups()
     user, item = map("".join, zip(*pairs.split()))
     return likes, title, user, item, prompt.replace(likes, "").replace(title, "").replace(pairs, "")
@@ -36,11 +36,12 @@ def asked(toy, toy_codes):
         ("likes up to the end of training", {0}),
         ('"No" or "Yes"', {4}),
         ("hate in place of enjoy", {4}),
+        ("different in place of alike", {4}),
     ],
 )
 def test_one_thing_is_false_and_all_else_as_it_was(asked, what, changed):
     _, true, false = asked
-    assert len(false[what]) == len(true) == 40 and len(false) == 7
+    assert len(false[what]) == len(true) == 40 and len(false) == 8
     differs = np.array([[a != b for a, b in zip(parts(one), parts(other))] for one, other in zip(true, false[what])])
     assert set(np.flatnonzero(differs.any(0))) == changed
     assert differs[:, list(changed)].mean() > 0.3
