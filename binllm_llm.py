@@ -14,6 +14,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pandas as pd
@@ -111,13 +112,14 @@ def load_llm(name=None, *, nf4=True, layers=None, device=None):
 
 
 def answer_in_float32(head):
-    """Let the output layer compute in float32: in bfloat16, logits near 16 are multiples of 1/8 and answers tie."""
+    """Let a linear output layer compute in float32: in bfloat16 logits near 16 are multiples of 1/8, answers tie."""
+    if type(head) is nn.Linear:  # not one whose weights are quantised
+        head.forward = MethodType(_in_float32, head)
 
-    def forward(hidden):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
-    head.forward = forward
+def _in_float32(head, hidden):
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 @contextmanager
