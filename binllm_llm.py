@@ -232,7 +232,7 @@ def rows_of(pack):
 
 
 def pack_inputs(ids, pack, dtype=torch.float32, device="cpu"):
-    """What a model must be given to answer a pack of n prompts in one pass over its T tokens.
+    """What a model must be given to answer a pack of n prompts in one pass over its T tokens; the mask is on `device`.
 
     input_ids, position_ids: int64 [1, T]; attention_mask: [1, 1, T, T], added to the scores, 0 where a token is seen;
     logits_to_keep: int64 [n], the last token of each prompt.
