@@ -13,6 +13,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -232,7 +233,7 @@ def rows_of(pack):
 
 
 def pack_inputs(ids, pack, dtype=torch.float32, device="cpu"):
-    """What a model must be given to answer a pack of n prompts in one pass over its T tokens; the mask is on `device`.
+    """What a model must be given to answer a pack of n prompts in one pass over its T tokens, all on `device`.
 
     input_ids, position_ids: int64 [1, T]; attention_mask: [1, 1, T, T], added to the scores, 0 where a token is seen;
     logits_to_keep: int64 [n], the last token of each prompt.
@@ -248,11 +249,12 @@ def pack_inputs(ids, pack, dtype=torch.float32, device="cpu"):
             parent.append(beginning)
             if row is not None:
                 last.append(len(tokens) - 1)
-    segment, parent = torch.tensor(segment, device=device), torch.tensor(parent, device=device)
+    tensor = partial(torch.tensor, device=device)  # masks are large: made where they are used
+    segment, parent = tensor(segment), tensor(parent)
     seen = (segment[:, None] == segment) | (parent[segment][:, None] == segment)  # itself, or its beginning
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen.tril(), torch.finfo(dtype).min)
-    one_row = {"input_ids": torch.tensor(tokens)[None], "position_ids": torch.tensor(positions)[None]}
-    return one_row | {"attention_mask": mask[None, None], "logits_to_keep": torch.tensor(last)}
+    one_row = {"input_ids": tensor(tokens)[None], "position_ids": tensor(positions)[None]}
+    return one_row | {"attention_mask": mask[None, None], "logits_to_keep": tensor(last)}
 
 
 def padded_inputs(ids, pack):

@@ -95,21 +95,20 @@ def literacy(name="literacy"):
     dataset, folder = bu.load_ml1m(), ADAPTERS / name
     # `literacy` is older than the tutorial's four bits; taught and examined so, it read worse
     model, tokenizer = bu.load_llm(nf4=name != "literacy")
-    courses, curves, seconds = json.loads(json.dumps(COURSES[name])), [], 0
+    courses, curves = json.loads(json.dumps(COURSES[name])), []
     done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []
     if done != courses[: len(done)]:
         sys.exit(f"{folder} was taught other courses than COURSES; delete it to teach these")
     if done:
         model, curves = bu.load_adapter(model, folder), [pd.read_csv(folder / "curve.csv")]
-        seconds = curves[0].seconds.iloc[-1]
     seeds = itertools.count(sum(len(lessons) for _, lessons in done))
     for place, (lr, lessons) in list(enumerate(COURSES[name], 1))[len(done) :]:
         model, curve = teach(dataset, model, tokenizer, lr, lessons, seeds, f"{name}-{place}")
-        curves.append(curve.assign(course=place, seconds=curve.seconds + seconds))
-        seconds += curve.seconds.iloc[-1]
+        before = curves[-1].seconds.iloc[-1] if curves else 0
+        curves.append(curve.assign(course=place, seconds=curve.seconds + before))
         exam(dataset, model, tokenizer, name, place)
         card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
-        card |= {"seconds": round(seconds)} | records.stamps()
+        card |= {"seconds": round(curves[-1].seconds.iloc[-1])} | records.stamps()
         bu.save_adapter(model, folder, card, pd.concat(curves))
 
 
