@@ -137,6 +137,7 @@ VARIANTS = {  # the paper's four, from the pretrained LLM; three at a lower rate
         Variant("one_step, lr 3e-4", "text+codes", 3e-4),
         Variant("code lessons", "text+codes", None, start=("literacy",)),
         Variant("pairs one_step", bx.BIT_BY_BIT, 1e-4, start=("pairs",)),
+        Variant("both one_step", bx.BIT_BY_BIT, 1e-4, start=("pairs", "all_titles")),
         Variant("bit lessons", bx.BIT_BY_BIT, None, start=("pairs",)),
         Variant("both lessons", bx.BIT_BY_BIT, None, start=("pairs", "all_titles")),
         Variant("title lessons", "text", None, start=("all_titles",)),
@@ -168,6 +169,7 @@ RUNS = {
     "one_step dotted": Run("one_step", "dotted"),
     "two_step dotted": Run("two_step", "dotted"),
     "pairs one_step": Run("pairs one_step"),
+    "both one_step": Run("both one_step"),
     "code lessons": Run("code lessons", nf4=False),  # as it was taught
     "bit lessons": Run("bit lessons"),
     "both lessons": Run("both lessons"),
@@ -220,13 +222,17 @@ def started(model, names):
         model = bu.load_adapter(model, folder).unload()  # peft itself would take one of another LLM
     model, curve = bu.load_adapter(model, first), pd.read_csv(first / "curve.csv")
     for folder in others:
-        model.load_adapter(folder, folder.name)
         more = pd.read_csv(folder / "curve.csv")
         curve = pd.concat([curve, more.assign(seconds=more.seconds + curve.seconds.iloc[-1])], ignore_index=True)
     if others:
-        parts = ["default", *(folder.name for folder in others)]
-        model.add_weighted_adapter(parts, [1.0] * len(parts), "sum", combination_type="cat")
-        model.set_adapter("sum")
+        for name in names:
+            model.load_adapter(bu.ROOT / "data" / "adapters" / name, name)
+        model.set_adapter(names[0])
+        model.delete_adapter("default")
+        model.add_weighted_adapter(names, [1.0] * len(names), "default", combination_type="cat")
+        model.set_adapter("default")  # the one that is tuned on and saved
+        for name in names:
+            model.delete_adapter(name)
     return model.eval(), curve
 
 

@@ -144,6 +144,11 @@ def test_two_adapters_together_change_the_weights_by_both_changes(tmp_path, monk
     assert np.allclose(found, np.log(bu.score(added, tokenizer, asked, progress=False)), atol=1e-3)
     assert np.abs(found - np.log(plain)).max() > 0.1
     assert curve.seconds.tolist() == [1, 3.5, 4.5, 7] and curve.rows.sum() == 32
+    both, tuned = bu.tune(both, tokenizer, asked, [1, 0], lr=1e-2, progress=False)  # it is the sum that goes on
+    found = bu.score(both, tokenizer, asked, progress=False)
+    bu.save_adapter(both, tmp_path / "data" / "adapters" / "tuned", {"llm": bu.SMOLLM2}, tuned)
+    again = bu.load_adapter(bu.load_llm(layers=2, nf4=False)[0], tmp_path / "data" / "adapters" / "tuned")
+    assert np.allclose(found, bu.score(again, tokenizer, asked, progress=False), atol=1e-6)
     deeper = binllm_llm.with_lora(bu.load_llm(layers=3, nf4=False)[0], "all")
     bu.save_adapter(deeper, tmp_path / "data" / "adapters" / "deeper", {"llm": bu.SMOLLM2}, curve)
     with pytest.raises(ValueError, match="was tuned on 3 layers, the model given has 2"):
