@@ -335,8 +335,7 @@ def score(model, tokenizer, prompts, tokens=None, progress=True):
     ids, answers = encode_prompts(model, tokenizer, prompts), answer_tokens(tokenizer)
     out = np.empty(len(ids))
     model.eval()
-    bar = tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False)
-    with torch.inference_mode(), bar:
+    with torch.inference_mode(), tqdm(total=len(ids), desc="scoring", disable=not progress, leave=False) as bar:
         for pack in make_packs(ids, range(len(ids)), tokens or pack_tokens(model), can_pack(model)):
             rows = rows_of(pack)
             out[rows] = answer_logits(model, ids, pack, answers).double().sigmoid().cpu()
@@ -482,15 +481,15 @@ class _Run:
             self.accelerator = Accelerator(mixed_precision=half[compute_dtype()])
         except ValueError as error:
             raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3)
-        self.optimizer = self.accelerator.prepare(self.optimizer)
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3))
+        self.packing = pack_tokens(model, training=True), can_pack(model)  # both walk through all modules: asked once
         arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
         self.name = digest([*how, ids], labels, *arrays)
         self.curve, self.best, self.began = [], {}, time.perf_counter()
         self.first = self.accelerator.is_main_process  # of several, where several were launched
 
     def packs(self, batch):
-        return make_packs(self.ids, batch, pack_tokens(self.model, training=True), can_pack(self.model))
+        return make_packs(self.ids, batch, *self.packing)
 
     def mine(self, batch):
         """This process's share of a step's rows: all of them, but under `accelerate launch`."""
@@ -508,7 +507,8 @@ class _Run:
 
     def step(self):
         """One step of AdamW on the next batch; returns the number of steps done."""
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         batch, done = self.batches[len(self.curve)], len(self.curve) + 1
         torch.manual_seed(self.seed + done - 1)  # LoRA's dropout is the same after a resumed checkpoint
         rate, loss = self.lr * _warm_up_then_cosine(done, len(self.batches)), 0.0
