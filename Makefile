@@ -37,8 +37,8 @@ bench: $(VENV)/installed   ## rewrite data/results/bench.csv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/bench.py && $(BIN)/python scripts/readme.py
 
-adapters: $(VENV)/installed ## teach the adapters of Part II anew, hours; goes on where it was stopped
-	for what in literacy pairs titles all_titles; do $(BIN)/python scripts/adapters.py $$what || exit 1; done
+adapters: $(VENV)/installed ## teach the adapters that ship anew, hours (the last wants a GPU); goes on where it was stopped
+	for what in literacy pairs titles all_titles one_step; do $(BIN)/python scripts/adapters.py $$what || exit 1; done
 
 address: $(VENV)/installed ## make address REPO=owner/name: rewrite the repository's public address everywhere
 	$(BIN)/python scripts/address.py $(REPO)

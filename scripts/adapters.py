@@ -4,8 +4,10 @@ python scripts/adapters.py literacy    teach the default LLM to read codes, on m
 python scripts/adapters.py pairs       the same for codes that stand bit by bit: half an hour
 python scripts/adapters.py titles      the collaborative model's opinion of films, told by their titles: 80 minutes
 python scripts/adapters.py all_titles  the same of all films, from there: as long
+python scripts/adapters.py one_step    BinLLM itself: the paper's prompt, tuned on all ratings: ten minutes of a GPU
 
-All on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in data/cache.
+All but the last on two CPU cores. Run it again after whatever stopped it: it goes on from its last checkpoint in
+data/cache.
 """
 
 import itertools
@@ -20,6 +22,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import records
+import results
 
 import binllm_extras as bx
 import binllm_utils as bu
@@ -216,12 +219,24 @@ def title_exam(dataset, model, tokenizer, cold, name, questions):
         print(f"{name}, {questions:,} questions, films {films}: {row['auc']}/{row['uauc']}", flush=True)
 
 
+def one_step():
+    """BinLLM itself, as an adapter: the run `one_step` of results.py from all ratings of the training split."""
+    dataset, profile, run = bu.load_ml1m(), bu.PROFILES["full"], results.RUNS["one_step"]
+    codes = bu.cached_codes(dataset)
+    model, _, curve = results.tuned_llm(dataset, codes, profile, run)
+    card = {"what": "BinLLM: reads the paper's prompt of titles and codes; tuned on all ratings of the training split"}
+    card |= results.card_of(dataset, codes, profile, run, results.VARIANTS[run.variant], 0)
+    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1)} | records.stamps()
+    bu.save_adapter(model, ADAPTERS / "one_step", card, curve)
+
+
 if __name__ == "__main__":
     wanted = {
         "literacy": literacy,
         "pairs": partial(literacy, "pairs"),
         "titles": titles,
         "all_titles": partial(titles, "all_titles"),
+        "one_step": one_step,
     }
     if len(sys.argv) != 2 or sys.argv[1] not in wanted:
         sys.exit(__doc__)

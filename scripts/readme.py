@@ -29,7 +29,6 @@ METHODS = {
     ("llm", "text"): "LLM, titles only",
     ("llm", "text, history by row"): "LLM, titles only, history by row",
     ("llm", "codes_only"): "LLM, codes only",
-    ("llm", "codes_only, all ratings"): "**LLM, codes only**, all ratings",
     ("llm", "codes_only, float32"): "LLM, codes only, not in four bits",
     ("llm", "one_step"): "LLM, titles + codes, one step",
     ("llm", "two_step"): "LLM, titles + codes, two steps",
@@ -37,6 +36,10 @@ METHODS = {
     ("llm", "codes_only, lr 3e-4"): "LLM, codes only, rate 3e-4",
     ("llm", "one_step, lr 3e-4"): "LLM, titles + codes, one step, rate 3e-4",
     ("llm", "pairs one_step"): "LLM, titles + codes bit by bit",
+    ("llm", "text, all ratings"): "LLM, titles only, all ratings",
+    ("llm", "codes_only, all ratings"): "LLM, codes only, all ratings",
+    ("llm", "one_step, all ratings"): "**LLM, titles + codes, one step**, all ratings",
+    ("llm", "two_step, all ratings"): "**LLM, titles + codes, two steps**, all ratings",
     ("llm", "bit lessons"): "LLM taught by made-up codes, bit by bit",
     ("llm", "code lessons, float32"): "LLM taught by made-up codes, the paper's prompt, not in four bits",
     ("llm", "both lessons"): "LLM taught by made-up codes and by titles",
@@ -225,13 +228,12 @@ def readme_table(metrics):
     """What README shows, all measured on the same rows: the whole test split; a test holds it to README_ROWS."""
     test = metrics[(metrics.split == "test") & (metrics.dataset == "ml-1m")]
     whole = test[test.rows == test.rows.max()]
-    keys = [("popularity", ""), ("codes", "reference"), ("codes", "ste")]
-    keys += [("llm", name) for name in ("text", "codes_only", "one_step", "two_step", "bit lessons")]
-    keep = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)
-    shown = whole[keep & whole.bits.isin([0, 32]) & (whole.format != "dotted")]
-    every = shown[(shown.profile == "full") & (shown.variant == "codes_only")]
-    every = every.assign(variant="codes_only, all ratings")
-    return results_table(pd.concat([shown[shown.profile == "patient"], every]))
+    whole = whole[whole.bits.isin([0, 32]) & (whole.format != "dotted")]
+    every = whole[(whole.profile == "full") & whole.variant.isin(["text", "codes_only", "one_step", "two_step"])]
+    keys = [("popularity", ""), ("codes", "reference"), ("codes", "ste"), ("llm", "codes_only"), ("llm", "bit lessons")]
+    shown = pd.Series([key in keys for key in zip(whole.model, whole.variant)], whole.index)
+    shown &= whole.profile == "patient"
+    return results_table(pd.concat([whole[shown], every.assign(variant=every.variant + ", all ratings")]))
 
 
 def fill(text, name, table):

@@ -174,7 +174,7 @@ RUNS = {
     "bit lessons": Run("bit lessons"),
     "both lessons": Run("both lessons"),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
-    "title lessons, ratings": Run("title lessons, ratings", test=False),
+    "title lessons, ratings": Run("title lessons, ratings"),
     "codes_only, float32": Run("codes_only", nf4=False),
     "text, history by row": Run("text", history="row", test=False),
     **{f"{name}, lr 3e-4": Run(f"{name}, lr 3e-4", test=False) for name in ("text", "codes_only", "one_step")},

@@ -1,6 +1,7 @@
 """The script that makes the records: each run once, again when what it was made from changes, nothing lost."""
 
 import io
+import json
 
 import numpy as np
 import pandas as pd
@@ -153,6 +154,17 @@ def test_two_adapters_together_change_the_weights_by_both_changes(tmp_path, monk
     bu.save_adapter(deeper, tmp_path / "data" / "adapters" / "deeper", {"llm": bu.SMOLLM2}, curve)
     with pytest.raises(ValueError, match="was tuned on 3 layers, the model given has 2"):
         results.started(bu.load_llm(layers=2, nf4=False)[0], ("codes", "deeper"))
+
+
+def test_the_tuned_model_that_ships_is_of_todays_run_and_of_the_shipped_codes():
+    dataset, run = bu.load_ml1m(), results.RUNS["one_step"]
+    card = json.loads((bu.ROOT / "data" / "adapters" / "one_step" / "card.json").read_text())
+    wanted = results.card_of(
+        dataset, bu.cached_codes(dataset), bu.PROFILES["full"], run, results.VARIANTS[run.variant], 0
+    )
+    assert {name: card[name] for name in wanted} == wanted
+    runs = pd.read_csv(bu.ROOT / "data/results/runs.csv").query("run == 'one_step' and profile == 'full'")
+    assert runs.tuning_seconds.tolist() == [card["seconds"]]  # the run whose answers are kept
 
 
 def test_the_papers_variants_use_the_papers_prompts_and_start_plain():
