@@ -432,7 +432,6 @@ def test_the_shipped_codes_belong_to_this_recipe(ml1m, shipped, monkeypatch, tmp
         ("distinct", 64, 0),
     ):
         bu.cached_codes(ml1m, bits, seed, recipe)
-    bu.cached_codes(ml1m, recipe="descent-1")
     bu.cached_codes(bu.load_ml1m(past="all"), recipe="past")
     assert not (tmp_path / "codes").exists()
     valid = ml1m.valid

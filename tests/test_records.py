@@ -111,7 +111,7 @@ def test_what_the_readme_says_of_all_ratings_is_in_the_records():
     few = metrics[(metrics.profile == "patient") & metrics.variant.isin(read.variant)]
     assert len(few) == 5 and few.auc.max() < 0.7
     text = (bu.ROOT / "README.md").read_text(encoding="utf-8")
-    assert "stands beside its codes, so about there too, whichever variant" in text
+    assert "comes within about a hundredth of its codes, so to that level too, and adds nothing" in text
 
 
 def test_what_the_readme_says_of_titles_is_in_the_records():
