@@ -1,10 +1,11 @@
-"""Is it the bits? The reader of codes, asked again with one thing in its prompts made false. python scripts/controls.py
+"""Is it the bits? Readers of codes, asked again with one thing in their prompts made false. python scripts/controls.py
 
-Half an hour on two cores; run again, it goes on where it was stopped. The reader is the run `bit lessons`, results.py,
-taught by made-up codes alone; it reads the default codes bit by bit. Some test rows are asked about with another user's
-code, random codes, false likes and so on; and of one row of each of some users every bit of the user's code is turned
-over, one at a time. The files: controls.parquet, P(Yes), a column a change; flips.csv, a line a turned bit, the first
-of each row with none; controls.txt names what they were made from: the same is not made again.
+An hour on two cores; run again, it goes on where it was stopped. The readers are adapters of data/adapters: `pairs`,
+taught by made-up codes alone, reads the default codes bit by bit (the run `bit lessons` of results.py); `one_step`
+reads the paper's prompt and was tuned on all ratings. Some test rows are asked about with another user's code, random
+codes, false likes and so on; and of one row of each of some users every bit of the user's code is turned over, one at a
+time. The files: controls.parquet, P(Yes), a column a reader and change; flips.csv, a line a turned bit, the first of
+each row with none; controls.csv, what each was made from: the same is not made again.
 """
 
 import shutil
@@ -24,7 +25,7 @@ import binllm_extras as bx
 import binllm_utils as bu
 
 RECORDS = ROOT / "data" / "results"
-READER = "bit lessons"
+READERS = {"bit lessons": ("pairs", bx.BIT_BY_BIT), "one_step": ("one_step", bu.TEMPLATES["text+codes"])}
 ROWS, FLIPPED = 500, 40  # test rows asked about with each change; rows whose bits are turned
 
 
@@ -36,7 +37,7 @@ def told(dataset, rows, codes):
     return {"titles": [dataset.titles[item] for item in rows.item], "likes": likes, "users": users, "items": items}
 
 
-def falsified(dataset, rows, codes, seed=0):
+def falsified(dataset, rows, codes, template, seed=0):
     """{what is made false: prompts of `rows`}; everything else in them stays as it is."""
     rng, true = np.random.default_rng(seed), told(dataset, rows, codes)
     first = rows.user.drop_duplicates()  # of each user the first row, and whose turn comes next
@@ -44,57 +45,76 @@ def falsified(dataset, rows, codes, seed=0):
     other = rows.user.map(place).to_numpy()
     known = replace(dataset, **{split: getattr(dataset, split).assign(label=0) for split in ("valid", "test")})
     changes = {
+        "as it is": {},
         "another user's code": {"users": true["users"][other]},
         "random codes": {side: rng.integers(0, 2, true[side].shape, np.uint8) for side in ("users", "items")},
+        "every bit turned over": {side: 1 - true[side] for side in ("users", "items")},  # as many are equal
         "another user's likes": {"likes": [true["likes"][row] for row in other]},
         "another film's title": {"titles": [true["titles"][row] for row in rng.permutation(len(rows))]},
         "likes up to the end of training": {"likes": told(known, rows, codes)["likes"]},
     }
-    asked = {what: bu.fill(*bu.prompt_fields(bx.BIT_BY_BIT, **(true | false))) for what, false in changes.items()}
+    asked = {what: bu.fill(*bu.prompt_fields(template, **(true | false))) for what, false in changes.items()}
     for what, (words, others) in {
         '"No" or "Yes"': ('"Yes" or "No"', '"No" or "Yes"'),
-        "hate in place of enjoy": ("the user enjoy", "the user hate"),
+        "hate in place of enjoy": (" enjoy ", " hate "),
         "different in place of alike": (" alike?", " different?"),
     }.items():
-        asked[what] = bu.fill(*bu.prompt_fields(bx.BIT_BY_BIT.replace(words, others), **true))
+        if words in template:
+            asked[what] = bu.fill(*bu.prompt_fields(template.replace(words, others), **true))
     return asked
 
 
-def flips(dataset, rows, codes):
+def flips(dataset, rows, codes, template):
     """(table, prompts): each row as it is, bit -1, and with each bit of the user's code turned over."""
     true, parts, prompts = told(dataset, rows, codes), [], []
     for place, row in enumerate(rows.index):
         users = true["users"][place] ^ np.r_[np.zeros((1, codes.bits), np.uint8), np.eye(codes.bits, dtype=np.uint8)]
         items = np.tile(true["items"][place], (len(users), 1))
         one = [[true[name][place]] * len(users) for name in ("titles", "likes")]
-        prompts += bu.fill(*bu.prompt_fields(bx.BIT_BY_BIT, *one, users, items))
+        prompts += bu.fill(*bu.prompt_fields(template, *one, users, items))
         similarity = bu.hamming_similarity(users, items)
         parts.append(pd.DataFrame({"row": row, "bit": range(-1, codes.bits), "similarity": similarity}))
     return pd.concat(parts, ignore_index=True), prompts
 
 
+def ask(reader, dataset, rows, codes):
+    """Make what is missing of one of READERS."""
+    adapter, template = READERS[reader]
+    table, turned = flips(dataset, rows.drop_duplicates("user").head(FLIPPED), codes, template)
+    asked = falsified(dataset, rows, codes, template) | {"single bits turned over": turned}
+    made = {what: bu.digest([results.shipped_sha256(adapter)], prompts) for what, prompts in asked.items()}
+    about = {what: {"reader": reader, "change": what, "made_from": key} for what, key in made.items()}
+    missing = [what for what in asked if not records.has_row(RECORDS / "controls.csv", about[what])]
+    if not missing:
+        return print(f"{reader}: there already")
+    model, tokenizer = bu.load_llm(bu.SMOLLM2)
+    model = bu.load_adapter(model, bu.ROOT / "data" / "adapters" / adapter)
+    for what in missing:
+        p, seconds = results.score_in_parts(model, tokenizer, asked[what], f"controls-{made[what]}", size=500)
+        if asked[what] is turned:
+            keep_flips(reader, table.assign(p=p.round(6)))
+        else:
+            records.keep_answers(RECORDS / "controls.parquet", f"{reader}: {what}", dataset, rows, p)
+        row = about[what] | {"prompts": len(p), "seconds": round(seconds)}
+        records.put_row(RECORDS / "controls.csv", row, ["reader", "change"])
+        shutil.rmtree(bu.CACHE / "answers" / f"controls-{made[what]}")
+        print(f"{reader}, {what}: asked", flush=True)
+
+
+def keep_flips(reader, table):
+    """Put the turned bits of a reader into flips.csv, in place of earlier ones."""
+    path, others = RECORDS / "flips.csv", []
+    if path.exists():
+        others = [part for name, part in pd.read_csv(path).groupby("reader") if name != reader]
+    with bu.replacing(path) as part:
+        pd.concat([*others, table.assign(reader=reader)]).to_csv(part, index=False)
+
+
 def main():
     bu.quiet()
-    dataset, run = bu.load_ml1m(), results.RUNS[READER]
-    codes, rows = bu.cached_codes(dataset), bu.sample_rows(dataset.test, ROWS)
-    table, turned = flips(dataset, rows.drop_duplicates("user").head(FLIPPED), codes)
-    asked, mark = falsified(dataset, rows, codes), RECORDS / "controls.txt"
-    start = results.VARIANTS[run.variant].start
-    key = bu.digest([results.shipped_sha256(*start)], *asked.values(), turned)
-    if mark.exists() and mark.read_text() == key + "\n":
-        return print("controls: there already")
-    profile = replace(bu.PROFILES["patient"], llm=bu.SMOLLM2)
-    model, tokenizer, _ = results.tuned_llm(dataset, codes, profile, run)
-    for place, (what, prompts) in enumerate(asked.items()):
-        p, _ = results.score_in_parts(model, tokenizer, prompts, f"controls-{key}-{place}")
-        records.keep_answers(RECORDS / "controls.parquet", what, dataset, rows, p)
-        print(f"{what}: asked", flush=True)
-    table["p"], _ = results.score_in_parts(model, tokenizer, turned, f"controls-{key}-flips")
-    with bu.replacing(RECORDS / "flips.csv") as part:
-        table.round(6).to_csv(part, index=False)
-    mark.write_text(key + "\n")
-    for kept in (bu.CACHE / "answers").glob(f"controls-{key}-*"):
-        shutil.rmtree(kept)
+    dataset = bu.load_ml1m()
+    for reader in READERS:
+        ask(reader, dataset, bu.sample_rows(dataset.test, ROWS), bu.cached_codes(dataset))
 
 
 if __name__ == "__main__":

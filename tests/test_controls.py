@@ -7,30 +7,35 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import binllm_extras as bx
 import binllm_utils as bu
 
 
 def parts(prompt):
     """(likes, title, user's bits, film's bits, the question without them)."""
-    likes, title, pairs = re.search(
-        r'movies: (.*?)\. Would .* titled (".*?")\?.* movie ([01 ]+) (?:alike|different)\?', prompt
-    ).groups()
-    user, item = map("".join, zip(*pairs.split()))
-    return likes, title, user, item, prompt.replace(likes, "").replace(title, "").replace(pairs, "")
+    likes, title = re.search(r'movies: (.*?)\. (?:Would|Add).* titled (".*?")(?:\?| with)', prompt).groups()
+    if " feature " in prompt:
+        user, item = shown = re.findall(r"feature ([01]+)", prompt)
+    else:
+        shown = re.findall(r"movie ([01 ]+) (?:alike|different)\?", prompt)
+        user, item = map("".join, zip(*shown[0].split()))
+    for part in (likes, title, *shown):
+        prompt = prompt.replace(part, "")
+    return likes, title, user, item, prompt
 
 
-@pytest.fixture
-def asked(toy, toy_codes):
-    rows = bu.sample_rows(toy.test, 40)
-    return rows, bu.build_prompts(toy, rows, toy_codes, bx.BIT_BY_BIT), controls.falsified(toy, rows, toy_codes)
+@pytest.fixture(params=controls.READERS)
+def asked(toy, toy_codes, request):
+    rows, (_, template) = bu.sample_rows(toy.test, 40), controls.READERS[request.param]
+    return rows, bu.build_prompts(toy, rows, toy_codes, template), controls.falsified(toy, rows, toy_codes, template)
 
 
 @pytest.mark.parametrize(
     ("what", "changed"),
     [
+        ("as it is", set()),
         ("another user's code", {2}),
         ("random codes", {2, 3}),
+        ("every bit turned over", {2, 3}),
         ("another user's likes", {0}),
         ("another film's title", {1}),
         ("likes up to the end of training", {0}),
@@ -41,10 +46,21 @@ def asked(toy, toy_codes):
 )
 def test_one_thing_is_false_and_all_else_as_it_was(asked, what, changed):
     _, true, false = asked
-    assert len(false[what]) == len(true) == 40 and len(false) == 8
-    differs = np.array([[a != b for a, b in zip(parts(one), parts(other))] for one, other in zip(true, false[what])])
-    assert set(np.flatnonzero(differs.any(0))) == changed
-    assert differs[:, list(changed)].mean() > 0.3
+    assert len(false) == 9 + ("alike" in true[0])
+    if what in false:
+        assert len(false[what]) == len(true) == 40
+        differs = np.array(
+            [[a != b for a, b in zip(parts(one), parts(other))] for one, other in zip(true, false[what])]
+        )
+        assert set(np.flatnonzero(differs.any(0))) == changed
+        assert not changed or differs[:, list(changed)].mean() > 0.3
+
+
+def test_every_bit_turned_over_leaves_as_many_equal(asked):
+    _, true, false = asked
+    for prompt, other in zip(true, false["every bit turned over"]):
+        (_, _, user, item, _), (_, _, turned, turned_item, _) = parts(prompt), parts(other)
+        assert turned == user.translate({48: "1", 49: "0"}) and turned_item == item.translate({48: "1", 49: "0"})
 
 
 def test_a_users_rows_all_get_one_other_users_code(asked, toy, toy_codes):
@@ -63,11 +79,12 @@ def test_no_like_of_valid_or_test_is_shown_up_to_the_end_of_training(asked, toy)
         assert shown <= {toy.titles[item] for item in early.item[early.user == user]}
 
 
-def test_each_bit_of_the_user_is_turned_once(toy, toy_codes):
-    rows = toy.test.drop_duplicates("user").head(3)
-    table, prompts = controls.flips(toy, rows, toy_codes)
+@pytest.mark.parametrize("reader", controls.READERS)
+def test_each_bit_of_the_user_is_turned_once(toy, toy_codes, reader):
+    rows, (_, template) = toy.test.drop_duplicates("user").head(3), controls.READERS[reader]
+    table, prompts = controls.flips(toy, rows, toy_codes, template)
     assert len(table) == len(prompts) == 3 * 17
-    assert prompts[::17] == bu.build_prompts(toy, rows, toy_codes, bx.BIT_BY_BIT)
+    assert prompts[::17] == bu.build_prompts(toy, rows, toy_codes, template)
     for place, row in enumerate(table.itertuples()):
         likes, title, user, item, _ = parts(prompts[place])
         own = bu.to_bits(toy_codes.users[toy.test.user[row.row]])
@@ -78,7 +95,8 @@ def test_each_bit_of_the_user_is_turned_once(toy, toy_codes):
 def test_the_records_are_of_todays_codes_prompts_and_adapter(capsys, monkeypatch):
     monkeypatch.setattr(bu, "load_llm", lambda *_, **__: pytest.fail("asked again"))
     controls.main()
-    assert "there already" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("there already") == len(controls.READERS)
     rows = bu.sample_rows(bu.load_ml1m().test, controls.ROWS)
     assert pd.read_parquet(controls.RECORDS / "controls.parquet").index.equals(rows.index.rename("row"))
-    assert len(pd.read_csv(controls.RECORDS / "flips.csv")) == controls.FLIPPED * 33
+    turned = pd.read_csv(controls.RECORDS / "flips.csv")
+    assert (turned.reader.value_counts() == controls.FLIPPED * 33).all() and set(turned.reader) == set(controls.READERS)
