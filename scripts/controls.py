@@ -1,11 +1,11 @@
 """Is it the bits? Readers of codes, asked again with one thing in their prompts made false. python scripts/controls.py
 
-An hour on two cores; run again, it goes on where it was stopped. The readers are adapters of data/adapters: `pairs`,
-taught by made-up codes alone, reads the default codes bit by bit (the run `bit lessons` of results.py); `one_step`
-reads the paper's prompt and was tuned on all ratings. Some test rows are asked about with another user's code, random
-codes, false likes and so on; and of one row of each of some users every bit of the user's code is turned over, one at a
-time. The files: controls.parquet, P(Yes), a column a reader and change; flips.csv, a line a turned bit, the first of
-each row with none; controls.csv, what each was made from: the same is not made again.
+Half an hour on two cores; run again, it goes on where it was stopped. The readers are adapters of data/adapters:
+`pairs`, taught by made-up codes alone, reads the default codes bit by bit (the run `bit lessons` of results.py);
+`one_step` reads the paper's prompt and was tuned on all ratings. Some test rows are asked about with another user's
+code, random codes, false likes and so on; and of one row of each of some users every bit of the user's code is turned
+over, one at a time. The files: controls.parquet, P(Yes), a column a reader and change; flips.csv, a line a turned bit,
+the first of each row with none; controls.csv, what each was made from: the same is not made again.
 """
 
 import shutil
