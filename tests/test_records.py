@@ -112,7 +112,7 @@ def test_what_the_readme_says_of_all_ratings_is_in_the_records():
     assert len(few) == 5 and few.auc.max() < 0.7
     text = (bu.ROOT / "README.md").read_text(encoding="utf-8")
     assert (
-        "comes within about a hundredth of its codes, so to that level too, though it compares them only in part"
+        "within about a hundredth of its codes, so to that level too, though *one step* compares them only in part"
         in text
     )
     asked = pd.read_parquet(bu.ROOT / "data/results/controls.parquet")
