@@ -44,11 +44,13 @@ def falsified(dataset, rows, codes, template, seed=0):
     place = dict(zip(first, np.roll(rows.index.get_indexer(first.index), -1)))
     other = rows.user.map(place).to_numpy()
     known = replace(dataset, **{split: getattr(dataset, split).assign(label=0) for split in ("valid", "test")})
+    one_bit = np.eye(codes.bits, dtype=np.uint8)[np.random.default_rng(seed + 1).integers(codes.bits, size=len(rows))]
     changes = {
         "as it is": {},
         "another user's code": {"users": true["users"][other]},
         "random codes": {side: rng.integers(0, 2, true[side].shape, np.uint8) for side in ("users", "items")},
-        "every bit turned over": {side: 1 - true[side] for side in ("users", "items")},  # as many are equal
+        "one bit turned over in both": {side: true[side] ^ one_bit for side in ("users", "items")},  # as many are equal
+        "every bit turned over": {side: 1 - true[side] for side in ("users", "items")},  # here too
         "another user's likes": {"likes": [true["likes"][row] for row in other]},
         "another film's title": {"titles": [true["titles"][row] for row in rng.permutation(len(rows))]},
         "likes up to the end of training": {"likes": told(known, rows, codes)["likes"]},

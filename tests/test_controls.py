@@ -35,6 +35,7 @@ def asked(toy, toy_codes, request):
         ("as it is", set()),
         ("another user's code", {2}),
         ("random codes", {2, 3}),
+        ("one bit turned over in both", {2, 3}),
         ("every bit turned over", {2, 3}),
         ("another user's likes", {0}),
         ("another film's title", {1}),
@@ -46,7 +47,7 @@ def asked(toy, toy_codes, request):
 )
 def test_one_thing_is_false_and_all_else_as_it_was(asked, what, changed):
     _, true, false = asked
-    assert len(false) == 9 + ("alike" in true[0])
+    assert len(false) == 10 + ("alike" in true[0])
     if what in false:
         assert len(false[what]) == len(true) == 40
         differs = np.array(
@@ -54,6 +55,17 @@ def test_one_thing_is_false_and_all_else_as_it_was(asked, what, changed):
         )
         assert set(np.flatnonzero(differs.any(0))) == changed
         assert not changed or differs[:, list(changed)].mean() > 0.3
+
+
+def test_one_bit_turned_over_in_both_is_the_same_bit_of_each(asked):
+    _, true, false = asked
+    places = set()
+    for prompt, other in zip(true, false["one bit turned over in both"]):
+        (_, _, *before, _), (_, _, *after, _) = parts(prompt), parts(other)
+        (user,), (item,) = ([at for at in range(16) if a[at] != b[at]] for a, b in zip(before, after))
+        assert user == item
+        places.add(user)
+    assert len(places) > 8
 
 
 def test_every_bit_turned_over_leaves_as_many_equal(asked):
