@@ -482,7 +482,7 @@ class _Run:
         except ValueError as error:
             raise ValueError(f"accelerate was used before in another precision; restart the kernel ({error})") from None
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(self.weights.values(), lr=lr, weight_decay=1e-3))
-        self.packing = pack_tokens(model, training=True), can_pack(model)  # both walk through all modules: asked once
+        self.packing = pack_tokens(model, training=True), can_pack(model)  # asked once: it walks through all modules
         arrays = (p.detach().float().cpu().numpy() for p in self.weights.values())
         self.name = digest([*how, ids], labels, *arrays)
         self.curve, self.best, self.began = [], {}, time.perf_counter()

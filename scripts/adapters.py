@@ -224,9 +224,10 @@ def one_step():
     dataset, profile, run = bu.load_ml1m(), bu.PROFILES["full"], results.RUNS["one_step"]
     codes = bu.cached_codes(dataset)
     model, _, curve = results.tuned_llm(dataset, codes, profile, run)
+    made_of = results.card_of(dataset, codes, profile, run, results.VARIANTS[run.variant], 0)
     card = {"what": "BinLLM: reads the paper's prompt of titles and codes; tuned on all ratings of the training split"}
-    card |= results.card_of(dataset, codes, profile, run, results.VARIANTS[run.variant], 0)
-    card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1)} | records.stamps()
+    # its own stamps stay: where it was tuned, not where it is copied
+    card |= json.loads((results.kept_adapter(profile, made_of) / "card.json").read_text())
     bu.save_adapter(model, ADAPTERS / "one_step", card, curve)
 
 

@@ -25,7 +25,7 @@ import binllm_extras as bx
 import binllm_utils as bu
 
 RECORDS = ROOT / "data" / "results"
-READERS = {"bit lessons": ("pairs", bx.BIT_BY_BIT), "one_step": ("one_step", bu.TEMPLATES["text+codes"])}
+READERS = {"bit lessons": ("pairs", bx.BIT_BY_BIT), "all ratings": ("one_step", bu.TEMPLATES["text+codes"])}
 ROWS, FLIPPED = 500, 40  # test rows asked about with each change; rows whose bits are turned
 
 

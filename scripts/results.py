@@ -189,7 +189,7 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     """
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
-    folder = bu.CACHE / "adapters" / f"{profile.name}-{run.variant.replace(' ', '-')}-{bu.digest(card)}"
+    folder = kept_adapter(profile, card)
     done = folder.exists()
     if variant.first and not done:
         first = Run(variant.first.name, nf4=run.nf4, history=run.history)
@@ -215,18 +215,23 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     return model, tokenizer, curve
 
 
+def kept_adapter(profile, card):
+    """Folder of the cache for the adapter of a `card_of`."""
+    return bu.CACHE / "adapters" / f"{profile.name}-{card['variant'].replace(' ', '-')}-{bu.digest(card)}"
+
+
 def started(model, names):
     """(model, learning curve) with adapters of data/adapters; of several the sum, as one of as many ranks together."""
-    first, *others = (bu.ROOT / "data" / "adapters" / name for name in names)
-    for folder in others:
+    folders = [bu.ROOT / "data" / "adapters" / name for name in names]
+    for folder in folders[1:]:
         model = bu.load_adapter(model, folder).unload()  # peft itself would take one of another LLM
-    model, curve = bu.load_adapter(model, first), pd.read_csv(first / "curve.csv")
-    for folder in others:
+    model, curve = bu.load_adapter(model, folders[0]), pd.read_csv(folders[0] / "curve.csv")
+    for folder in folders[1:]:
         more = pd.read_csv(folder / "curve.csv")
         curve = pd.concat([curve, more.assign(seconds=more.seconds + curve.seconds.iloc[-1])], ignore_index=True)
-    if others:
-        for name in names:
-            model.load_adapter(bu.ROOT / "data" / "adapters" / name, name)
+    if len(names) > 1:
+        for folder in folders:
+            model.load_adapter(folder, folder.name)
         model.set_adapter(names[0])
         model.delete_adapter("default")
         model.add_weighted_adapter(names, [1.0] * len(names), "default", combination_type="cat")
