@@ -41,6 +41,7 @@ METHODS = {
     ("llm", "one_step, all ratings"): "LLM, titles + codes, one step, all ratings",
     ("llm", "two_step, all ratings"): "LLM, titles + codes, two steps, all ratings",
     ("llm", "bit lessons"): "LLM taught by made-up codes, bit by bit",
+    ("llm", "bit lessons, last bit first"): "LLM taught by made-up codes, bit by bit, last bit first",
     ("llm", "code lessons, float32"): "LLM taught by made-up codes, the paper's prompt, not in four bits",
     ("llm", "both lessons"): "LLM taught by made-up codes and by titles",
     ("llm", "title lessons"): "LLM, titles only, taught by title lessons",

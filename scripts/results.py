@@ -150,7 +150,7 @@ TUNING_VERSION = 1  # raise it when a change of `build_prompts` or `tune` change
 @dataclass(frozen=True)
 class Run:
     """What is asked of one tuned LLM. history: what `bu.build_prompts` shows; valid: how many valid rows; test: whether
-    test rows are asked too.
+    test rows are asked too; turned: codes from their last bit to their first, for no bit has a place of its own.
     """
 
     variant: str
@@ -159,6 +159,7 @@ class Run:
     history: str = "sitting"
     valid: int = 1000
     test: bool = True
+    turned: bool = False
 
 
 RUNS = {
@@ -172,6 +173,7 @@ RUNS = {
     "both one_step": Run("both one_step"),
     "code lessons": Run("code lessons", nf4=False),  # as it was taught
     "bit lessons": Run("bit lessons"),
+    "bit lessons, last bit first": Run("bit lessons", turned=True),
     "both lessons": Run("both lessons"),
     "title lessons": Run("title lessons", valid=3000),  # `cold.py` learns from them
     "title lessons, ratings": Run("title lessons, ratings"),
@@ -277,6 +279,8 @@ def answer(name, seed, dataset, profile):
     """One of RUNS on valid rows and on the profile's test rows; `seed` draws training rows, LoRA matrices and codes."""
     run, title = RUNS[name], f"{name}, seed {seed}" if seed else name
     codes = bu.cached_codes(dataset, 32, seed, "past" if dataset.name == "ml-1m-past" else "ste")
+    if run.turned:
+        codes = bu.Codes(codes.users[:, ::-1], codes.items[:, ::-1])
     variant = VARIANTS[run.variant]
     card = card_of(dataset, codes, profile, run, variant, seed)
     if variant.lr is None and not card["start"]:
@@ -297,6 +301,7 @@ def answer(name, seed, dataset, profile):
         p, part_seconds = score_in_parts(model, tokenizer, prompts, f"{asked['made_from']}-{split}")
         records.keep_answers(folder / f"answers-{profile.name}-{split}.parquet", title, dataset, part, p)
         what = {"variant": run.variant + ", float32" * (not run.nf4) + ", history by row" * (run.history == "row")}
+        what["variant"] += ", last bit first" * run.turned
         if variant.style != "text":
             what |= {"bits": codes.bits, "format": run.fmt}
         what |= {"dataset": dataset.name, "split": split, "seed": seed, "seconds": round(curve.seconds.iloc[-1], 1)}

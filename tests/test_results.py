@@ -180,6 +180,20 @@ def test_the_papers_variants_use_the_papers_prompts_and_start_plain():
     assert plain == {"codes_only, float32", "code lessons"}  # the latter as its adapter was taught
 
 
+def test_turned_codes_are_asked_about_from_their_last_bit(small, monkeypatch):
+    toy, codes, tuned, folder = small
+    monkeypatch.setitem(results.RUNS, "turned", results.Run("codes_only", turned=True))
+    for name in ("codes_only", "turned"):
+        results.answer(name, 0, toy, SMOKE)
+    rows = bu.sample_sittings(toy, SMOKE.tune_rows, 0)
+    straight, turned = (prompts for prompts, _ in tuned)
+    for one, other, user, item in zip(straight, turned, rows.user, rows.item):
+        for text in (bu.to_bits(codes["now"].users[user]), bu.to_bits(codes["now"].items[item])):
+            assert text in one and text[::-1] in other
+    assert straight != turned
+    assert set(pd.read_csv(folder.parent / "metrics.csv").variant) == {"codes_only", "codes_only, last bit first"}
+
+
 def test_an_adapter_for_another_llm_is_said_to_be_left_out(capsys, monkeypatch):
     assert results.fits(("pairs",), bu.PROFILES["cpu"])
     assert not results.fits(("pairs",), SMOKE)  # two layers only
