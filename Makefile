@@ -28,7 +28,7 @@ explorer: $(VENV)/installed ## the bit explorer of all films as one page: execut
 	$(BIN)/python scripts/explorer.py
 
 results: $(VENV)/installed ## make what is missing of data/results, and the tables from it; hours, goes on where it was
-	for what in results cold controls verdict readme; do $(BIN)/python scripts/$$what.py || exit 1; done
+	for what in results families cold controls verdict readme; do $(BIN)/python scripts/$$what.py || exit 1; done
 
 release: $(VENV)/installed ## execute the notebooks in place, renew figures, run times, tables and the page
 	$(BIN)/python scripts/run.py --release && $(BIN)/python scripts/readme.py && $(BIN)/python scripts/explorer.py --public

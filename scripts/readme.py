@@ -81,6 +81,10 @@ RECORDED = {  # records that are shown whole: their title, and what to know
         "The same, with codes of the whole past",
         "Lessons with made-up codes, no rating as an answer.",
     ),
+    "families": (
+        "Three families: new tokens, mapped embeddings, text codes",
+        "By `scripts/families.py`: see notebook 08. `others`: weights tuned beside LoRA's. Minutes are no comparison.",
+    ),
     "past_tried": (
         "Tried on the whole past, 10,401 valid rows",
         "The continuous model, and codes made of it by descent; by hand, on two cores AMD EPYC. `penalty`: on squares.",
