@@ -29,8 +29,13 @@ import binllm_utils as bu
 from binllm_llm import with_lora
 
 RATES = {"new tokens": (3e-4, 1e-3, 3e-3), "mapped embeddings": (3e-4, 1e-3, 3e-3)}  # one step, from the pretrained LLM
-RUNS = {"titles only": "text", "text codes": "one_step", "text codes, taught": "bit lessons"}  # of results.RUNS
-KEY = ["family", "profile", "split", "lr"]
+RUNS = {
+    "titles only": "text",
+    "text codes": "one_step",
+    "codes only": "codes_only",
+    "text codes, taught": "bit lessons",
+}
+VERSION = 1  # raise it when a change of the cells changes what is learned
 
 
 def lesson(profile):
@@ -58,8 +63,8 @@ def with_vectors(family, scope, profile, parts):
     """Tune `family` at each of its RATES and ask about valid; at the one that is best there ask about test."""
     dataset, codes = scope["dataset"], scope["codes"]
     folder = results.kept_in(profile, dataset)
-    made_from = [profile.tune_rows, results.TUNING_VERSION, dataset.train, *parts.values(), codes.users, codes.items]
-    made_from = bu.digest(*made_from)
+    how = [VERSION, results.TUNING_VERSION, profile.llm, profile.layers, profile.lora, profile.tune_rows]
+    made_from = bu.digest(how, dataset.train, *parts.values(), codes.users, codes.items)
 
     def ask(lr, split):
         """AUC on a split; from the records, if it is there."""
@@ -73,8 +78,8 @@ def with_vectors(family, scope, profile, parts):
             cost = {"tuning_rows": int(curve.rows.sum()), "seconds": curve.seconds.iloc[-1]}
             keep(profile, row, scope, cost, llm, parts[split], p)
             shutil.rmtree(bu.CACHE / "answers" / f"{key}-{split}")
-        table = pd.read_csv(folder / "families.csv")
-        return table.loc[(table[KEY] == [row[name] for name in KEY]).all(axis=1), "auc"].item()
+        table = pd.read_csv(folder / "families.csv", dtype={"made_from": str})
+        return table.loc[(table[list(row)] == list(row.values())).all(axis=1), "auc"].item()
 
     best = max(RATES[family], key=lambda lr: ask(lr, "valid"))
     print(f"{family}: AUC {ask(best, 'test')} on test at the rate {best}", flush=True)
@@ -84,13 +89,16 @@ def from_results(family, scope, profile, parts):
     """The line of a run of results.py: its answers as they are recorded, and its model, where that is still there."""
     dataset, codes, run = scope["dataset"], scope["codes"], results.RUNS[RUNS[family]]
     variant, folder = results.VARIANTS[run.variant], results.kept_in(profile, dataset)
-    card = results.card_of(dataset, codes, profile, run, variant, 0)
-    row = {"family": family, "profile": profile.name, "split": "test", "lr": variant.lr, "made_from": bu.digest(card)}
+    path, name = folder / "runs.csv", RUNS[family]
+    if not records.has_row(path, {"run": name, "profile": profile.name}):
+        raise OSError(f"{path}: no run {name!r} of {profile.name}; python scripts/results.py makes it")
+    made = pd.read_csv(path, dtype={"made_from": str}).set_index(["run", "profile"]).loc[name, profile.name]
+    row = {"family": family, "profile": profile.name, "split": "test", "lr": variant.lr, "made_from": made.made_from}
     if records.has_row(folder / "families.csv", row):
         return print(f"{family}: there already", flush=True)
-    p = records.read_answers(folder / f"answers-{profile.name}-test.parquet", dataset)[RUNS[family]]
-    run_of = pd.read_csv(folder / "runs.csv").set_index(["run", "profile"]).loc[(RUNS[family], profile.name)]
-    cost = {"tuning_rows": run_of.tuning_rows, "seconds": run_of.tuning_seconds}
+    p = records.read_answers(folder / f"answers-{profile.name}-test.parquet", dataset)[name]
+    cost = {"tuning_rows": made.tuning_rows, "seconds": made.tuning_seconds}
+    card = results.card_of(dataset, codes, profile, run, variant, 0)
     there = variant.lr is None or results.kept_adapter(profile, card).exists()
     llm = results.tuned_llm(dataset, codes, profile, run)[:2] if there else None
     keep(profile, row, scope, cost, llm, parts["test"], p[parts["test"].index].to_numpy())
@@ -103,7 +111,8 @@ def keep(profile, row, scope, cost, llm, rows, p):
     tuned_too = [p.numel() for name, p in llm[0].named_parameters() if ".vectors." in name] if llm else []
     row["others"] = sum(tuned_too)  # weights beside LoRA's
     row |= bu.evaluate(rows, p) | {"perplexity": round(scope["perplexity"](*llm), 2) if llm else None}
-    records.put_row(results.kept_in(profile, scope["dataset"]) / "families.csv", row, KEY)
+    key = ["family", "profile", "split"] + ["lr"] * (row["split"] == "valid")  # of rates one is asked about test
+    records.put_row(results.kept_in(profile, scope["dataset"]) / "families.csv", row, key)
 
 
 def main(wanted):

@@ -102,6 +102,11 @@ def test_valid_chooses_the_rate_and_test_is_asked_once(kept, toy, capsys, monkey
     assert list(answers) == ["new tokens"] and np.allclose(answers["new tokens"], parts["test"].label * 0.5 + 0.2)
     families.with_vectors("new tokens", scope, TINY, parts)
     assert len(asked) == 3  # all of it is there
+    monkeypatch.setattr(families, "VERSION", 2)
+    good |= {split: 1 - labels for split, labels in good.items()}  # now the other rate is the better one
+    families.with_vectors("new tokens", scope, TINY, parts)
+    table = pd.read_csv(folder / "families.csv").query("split == 'test'")
+    assert table.lr.tolist() == [1e-9] and len(asked) == 6  # no line of the rate that was better before
 
 
 def test_new_vectors_and_lora_learn_and_the_rest_stays(kept, tmp_path):
