@@ -11,7 +11,6 @@ The files: families.csv, a line for each rate on valid, and for the one that is 
 families-PROFILE.parquet, P(Yes) of the two tuned here, a line a test row.
 """
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -65,24 +64,26 @@ def with_vectors(family, scope, profile, parts):
     folder = results.kept_in(profile, dataset)
     how = [VERSION, results.TUNING_VERSION, profile.llm, profile.layers, profile.lora, profile.tune_rows]
     made_from = bu.digest(how, dataset.train, *parts.values(), codes.users, codes.items)
+    keys = {lr: f"{profile.name}-{family.replace(' ', '-')}-{lr}-{made_from}" for lr in RATES[family]}
 
     def ask(lr, split):
         """AUC on a split; from the records, if it is there."""
         row = {"family": family, "profile": profile.name, "split": split, "lr": lr, "made_from": made_from}
         if not records.has_row(folder / "families.csv", row):
-            key = f"{profile.name}-{family.replace(' ', '-')}-{lr}-{made_from}"
-            *llm, curve = tuned(scope, family, lr, profile, bu.CACHE / "checkpoints" / key)
-            p, _ = results.score_in_parts(*llm, scope["prompts_of"](family, parts[split]), f"{key}-{split}")
+            *llm, curve = tuned(scope, family, lr, profile, bu.CACHE / "checkpoints" / keys[lr])
+            p, _ = results.score_in_parts(*llm, scope["prompts_of"](family, parts[split]), f"{keys[lr]}-{split}")
             if split == "test":
                 records.keep_answers(folder / f"families-{profile.name}.parquet", family, dataset, parts[split], p)
             cost = {"tuning_rows": int(curve.rows.sum()), "seconds": curve.seconds.iloc[-1]}
             keep(profile, row, scope, cost, llm, parts[split], p)
-            shutil.rmtree(bu.CACHE / "answers" / f"{key}-{split}")
+            shutil.rmtree(bu.CACHE / "answers" / f"{keys[lr]}-{split}")
         table = pd.read_csv(folder / "families.csv", dtype={"made_from": str})
         return table.loc[(table[list(row)] == list(row.values())).all(axis=1), "auc"].item()
 
     best = max(RATES[family], key=lambda lr: ask(lr, "valid"))
     print(f"{family}: AUC {ask(best, 'test')} on test at the rate {best}", flush=True)
+    for key in keys.values():  # until here the best one was still needed
+        shutil.rmtree(bu.CACHE / "checkpoints" / key, ignore_errors=True)
 
 
 def from_results(family, scope, profile, parts):
@@ -121,8 +122,6 @@ def main(wanted):
     unknown = set(wanted) - set(families)
     if unknown:
         sys.exit(f"there is no family {unknown.pop()!r}; choose from {', '.join(families)}")
-    if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
-        os.environ["BINLLM_PROFILE"] = "patient"
     profile = results.own_profile()
     scope = lesson(profile)
     parts = {"valid": bu.sample_rows(scope["dataset"].valid, 1000, seed=1), "test": scope["dataset"].test}

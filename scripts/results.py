@@ -300,8 +300,8 @@ def answer(name, seed, dataset, profile):
         prompts = bu.build_prompts(dataset, part, codes, variant.style, run.fmt, history=run.history)
         p, part_seconds = score_in_parts(model, tokenizer, prompts, f"{asked['made_from']}-{split}")
         records.keep_answers(folder / f"answers-{profile.name}-{split}.parquet", title, dataset, part, p)
-        what = {"variant": run.variant + ", float32" * (not run.nf4) + ", history by row" * (run.history == "row")}
-        what["variant"] += ", last bit first" * run.turned
+        marks = {"float32": not run.nf4, "history by row": run.history == "row", "last bit first": run.turned}
+        what = {"variant": ", ".join([run.variant, *(mark for mark, holds in marks.items() if holds)])}
         if variant.style != "text":
             what |= {"bits": codes.bits, "format": run.fmt}
         what |= {"dataset": dataset.name, "split": split, "seed": seed, "seconds": round(curve.seconds.iloc[-1], 1)}
@@ -353,15 +353,15 @@ def keep_curve(path, title, profile, curve):
 
 
 def own_profile():
-    """`bu.current_profile`; with another LLM (BINLLM_LLM) under a name of its own, for records of its own."""
+    """`bu.current_profile`, `patient` for `cpu` if none was named; another LLM (BINLLM_LLM) has a name of its own."""
+    if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
+        os.environ["BINLLM_PROFILE"] = "patient"
     profile, llm = bu.current_profile(), os.environ.get("BINLLM_LLM")
     return replace(profile, name=f"{profile.name}-{Path(llm).name}") if llm else profile
 
 
 def main(wanted):
     bu.quiet()
-    if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
-        os.environ["BINLLM_PROFILE"] = "patient"
     profile, dataset, past = own_profile(), bu.load_ml1m(), bu.load_ml1m(past="all")
     runs = {name: partial(without_llm, name, dataset) for name in collaborative(dataset, profile)}
     runs |= {f"past: {name}": partial(without_llm, name, past) for name in collaborative(past, profile)}
