@@ -27,7 +27,7 @@ CHUNK = 500_000  # rows that are in memory as text at once
 NAMES = {  # a column's names in the files that people have, without blanks, dashes and types
     "user": "user userid uid reviewerid reviewer customerid memberid username accountid",
     "item": "item itemid movieid movie bookid isbn parentasin asin productid trackid songid articleid letterboxduri",
-    "rating": "rating ratings myrating overall score stars starrating bookrating label like liked",
+    "rating": "rating ratings myrating yourrating overall score stars starrating bookrating label like liked",
     "timestamp": "timestamp unixreviewtime datetime date dateread watcheddate createdat reviewtime reviewdate time",
     "title": "title movietitle booktitle itemtitle name trackname songtitle",
 }
@@ -39,20 +39,15 @@ MAGIC = {
     b"SQLite": "a database; export a table",
     b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
 }
+SHELL = "--columns role=name"
 NO_TIME = np.iinfo(np.int64).min
 DATE = r"^(?!\d{4}).*?(?<![\d/.:-])(\d{1,2})([-/. ])(\d{1,2})\2(\d{4}|\d{2})(?![\d:])"  # 31/12/2000, "Sun 31.12.00"
-MISSING = (
-    "NULL",
-    "null",
-    "NaN",
-    "nan",
-    "None",
-    "<NA>",
-    "\\N",
-    "NA",
-    "N/A",
-    "#N/A",
-)  # what programs write for an id that is not there
+ONE_PERSON = {
+    "myrating",
+    "yourrating",
+    "letterboxduri",
+}  # Goodreads, IMDb, Letterboxd: whose export it is stands nowhere
+MISSING = r"NULL null NaN nan None <NA> \N NA N/A #N/A".split()  # what programs write for an id that is not there
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
 
@@ -81,10 +76,14 @@ class Interactions:
         like: the least value that counts as liked; None takes four fifths of the highest, or 1 where there are 0 and 1.
         Rows of one time stay together. Without times, the last share of each user's rows is taken, in the file's order:
         of a user with few rows the last one, so that test is larger and valid smaller than asked for.
-        Raises ValueError where a part would be empty or have likes or dislikes only.
+        The report then also says what counts as liked, and of how many rows. Raises ValueError where a part would be
+        empty or have likes or dislikes only.
         """
         value, highest = self.rows.value.to_numpy(), float(self.rows.value.max())
         like = like if like is not None else (1.0 if set(np.unique(value)) <= {0.0, 1.0} else 0.8 * highest)
+        share = (value >= like).mean()
+        doubt = "" if 0.05 <= share <= 0.95 else "; is that meant? Else say like=, in a shell --like"
+        self.report["liked"] = f"{like:g} or more: {share:.1%} of the rows{doubt}"
         if self.rows.time.iloc[0] != NO_TIME:
             cut = np.quantile(self.rows.time, [1 - valid - test, 1 - test])
             part, time = np.searchsorted(cut, self.rows.time, side="left"), self.rows.time.to_numpy()
@@ -93,7 +92,7 @@ class Interactions:
             size = self.rows.groupby("user").user.transform("size")
             place = (order + 1) / size
             part = np.searchsorted([1 - valid - test, 1 - test], place, side="left")
-            time = 86_400 * (part * (order.max() + 1) + order.to_numpy())  # a day a row: each is a sitting of its own
+            time = 21_601 * (part * (order.max() + 1) + order.to_numpy())  # over 6 hours: each is its own sitting
         return _cut(self.rows.assign(time=time), part, like, self.titles, name)
 
 
@@ -103,10 +102,15 @@ def _cut(rows, part, like, titles, name):
     parts = {}
     for number, split in enumerate(("train", "valid", "test")):
         mine = rows[part == number].reset_index(drop=True)
+        if mine.empty:
+            raise ValueError(
+                f"{split} would hold no row: rows of one time stay together, and without times users of less than ten "
+                "rows leave none for valid; give more rows, or times that differ"
+            )
         if mine.label.nunique() < 2:
             raise ValueError(
                 f"{split} would hold {len(mine):,} rows, {int(mine.label.sum()):,} of them liked; a value of "
-                f"{like:g} or more counts as liked here: choose another with like=, or give more rows"
+                f"{like:g} or more counts as liked here: say like= (in a shell --like), or give more rows"
             )
         parts[split] = mine
     return Dataset(**parts, titles=titles, name=name)
@@ -169,16 +173,24 @@ def guess_columns(names, path="the file", wanted=None):
                 f"columns: {role!r}: {name!r}; roles are {', '.join(NAMES)}, {path} has {', '.join(names)}"
             )
         found[role] = name
+    named = (wanted or {}).values()
+    found = {role: None if name in named and role not in wanted else name for role, name in found.items()}
     if _plain(found["item"]) in ("asin", "parentasin") and "title" not in (wanted or {}):
         found["title"] = None  # Amazon's: the headline of a review
     if not found["item"]:
         found["item"] = found["title"]  # an export of one's own often has titles only
     if not found["item"] or not found["rating"]:
         lacking = "items" if not found["item"] else "ratings or labels"
-        raise ValueError(f"{path}: no column of {lacking} among {', '.join(map(repr, names))}; say columns={{...}}")
-    others = [name for name in names if name not in found.values() and _plain(name).endswith("id")]
-    if not found["user"] and others:  # the export of one person has no such column
-        raise ValueError(f'{path}: is {others[0]!r} the user? Then say columns={{"user": {others[0]!r}}}')
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"{path}: no column of {lacking} among {listed}; say columns={{role: name}} (shell: {SHELL})")
+    others = [name for name in names if name not in found.values()]
+    others += [name for name in (found["title"],) if _plain(name) == "name" and name not in (found["item"], *named)]
+    if not found["user"] and others and not ONE_PERSON & set(map(_plain, names)):
+        listed = ", ".join(map(repr, others))
+        raise ValueError(
+            f"{path}: no column of users; if it is among {listed}, say columns={{'user': name}} (shell: {SHELL}); of "
+            "one person's file keep items, ratings and times only"
+        )
     return {role: name for role, name in found.items() if name}
 
 
@@ -203,6 +215,8 @@ class _Source:
             if head.startswith(start):
                 raise ValueError(f"{path} is {what}")
         self._decode(head)
+        if re.match(r"\s*\[\s*[{\[]", self.head):
+            raise ValueError(f"{path} is a JSON array; write one object a line")
         self.kind = "JSON lines" if self.head.lstrip()[:1] == "{" else "text"
         if self.kind == "JSON lines":
             with path.open(encoding=self.encoding) as file:
@@ -213,24 +227,23 @@ class _Source:
             self._read_head()
 
     def _decode(self, head):
-        self.encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        if b"\0" in head and self.encoding != "utf-16":
+        usual = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        if b"\0" in head and usual != "utf-16":
             raise ValueError(f"{self.path} is not text: there are zero bytes in it")
-        try:
-            self.head = codecs.getincrementaldecoder(self.encoding)().decode(head)
-            with self.path.open(encoding=self.encoding) as file:
-                self.lines = sum(1 for _ in file)  # the whole of it is read, before a row is taken
-        except UnicodeDecodeError:
-            self.encoding = "cp1252"
-            with self.path.open("rb") as file:
-                odd = next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
-            self.repairs["not UTF-8, all of it read as Windows-1252"] = f"line {odd} is the first that shows it"
+        for self.encoding in (usual, "cp1252"):
             try:
                 self.head = codecs.getincrementaldecoder(self.encoding)().decode(head)
                 with self.path.open(encoding=self.encoding) as file:
-                    self.lines = sum(1 for _ in file)
-            except UnicodeDecodeError:  # letters replaced by one sign would make two ids one
-                raise ValueError(f"{self.path}, line {odd}: neither UTF-8 nor Windows-1252; save it as UTF-8") from None
+                    self.lines = sum(1 for _ in file)  # the whole of it is read, before a row is taken
+            except UnicodeDecodeError:
+                with self.path.open("rb") as file:
+                    odd = next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
+            else:
+                break
+        else:  # letters replaced by one sign would make two ids one
+            raise ValueError(f"{self.path}, line {odd}: neither UTF-8 nor Windows-1252; save it as UTF-8")
+        if self.encoding == "cp1252":
+            self.repairs["not UTF-8, all of it read as Windows-1252"] = f"line {odd} is the first that shows it"
 
     def _read_head(self):
         lines = self.head.splitlines()
@@ -439,6 +452,10 @@ class _Reading:
         value = pd.to_numeric(texts, errors="coerce").to_numpy(float, na_value=np.nan).copy()
         for at in np.flatnonzero(np.isnan(value) & (texts != "").to_numpy()):
             text = texts.iloc[at]
+            if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+                raise ValueError(
+                    f"{self.line(first, at)}: the rating {text!r} may be a thousand or a fraction; write 1234"
+                )
             if re.fullmatch(r"-?\d+,\d+", text):
                 value[at], what = float(text.replace(",", ".")), "ratings with a decimal comma"
             elif re.fullmatch("★*½?", text):
@@ -465,7 +482,12 @@ class _Reading:
                     f"{self.line(first, odd.argmax())}: the time is {texts.iloc[odd.argmax()][:40]!r}; give a date, or "
                     "seconds since 1970"
                 )
-            return np.where(none, NO_TIME, number.astype(np.int64))
+            number = pd.Series(number.to_numpy(np.int64), index=first + np.arange(len(number)))  # by line
+            try:
+                _seconds(number[~none])
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {str(error).replace('row', 'line', 1)}") from None
+            return number.where(~none, NO_TIME).to_numpy()
         vague = ~(none | texts.str.contains(r"\d{4}") | texts.str.match(DATE)).to_numpy()  # "10:30" would be today
         if vague.any():
             where, text = self.line(first, vague.argmax()), texts.iloc[vague.argmax()][:40]
@@ -484,7 +506,9 @@ class _Reading:
         bad = (stamps.isna() & ~none).to_numpy()
         if bad.any():
             text = texts.iloc[bad.argmax()][:40]
-            raise ValueError(f"{self.line(first, bad.argmax())}: the time is {text!r}; give a date or seconds")
+            raise ValueError(
+                f"{self.line(first, bad.argmax())}: the time is {text!r}; write all as dates, or all in seconds"
+            )
         return np.where(none, NO_TIME, pd.DatetimeIndex(stamps).as_unit("s").asi8)
 
     def order_of_dates(self, first, texts):
@@ -503,7 +527,7 @@ class _Reading:
                 at = parts[0].notna().to_numpy().argmax()
                 raise ValueError(
                     f"{self.line(first, at)}: {texts.iloc[at][:40]!r} may begin with the day or with the month; "
-                    "say dayfirst=True or False"
+                    "say dayfirst=True or False, in a shell --dayfirst or --no-dayfirst"
                 )
             self.dayfirst = bool(days.any())
         other = months if self.dayfirst else days
@@ -569,14 +593,16 @@ class _Reading:
     def titles(self, items, path):
         """(title of each item, what there is to report)."""
         known = {name: self.title_of.get(number) for name, number in self.ids["item"].items()}
+        from_where = {}
         if path is not None:
-            listed, more = _read_titles(Path(path))
+            listed, more, columns = _read_titles(Path(path))
             known |= listed
+            from_where = {"titles from": f"{Path(path).name}: {columns}"}
             self.add("titles other than the first of their item, left out", more)
         written = [known.get(item) or "" for item in items]
         titles = [re.sub(r"</?[a-zA-Z][^<>]*>", "", html.unescape(title)).strip() for title in written]
         lacking = sum(not title.strip() for title in titles)
-        told = {"items without a title, shown by their id": lacking}
+        told = from_where | {"items without a title, shown by their id": lacking}
         told["titles with marks such as &amp; or <i>, cleaned"] = sum(map(str.__ne__, written, titles))
         told["titles that several items have"] = len(titles) - lacking - len({t for t in titles if t.strip()})
         return [title if title.strip() else item for title, item in zip(titles, items)], told
@@ -592,17 +618,21 @@ def _texts(cells):
 
 
 def _read_titles(path):
-    """({item: its first title}, how many others were left out) of a file with both."""
+    """({item: its first title}, how many others were left out, what its columns were taken for) of a file with both."""
     first, more = {}, 0
     with _unchanged(path):
         source = _Source(path, unnamed=("item", "title", "kinds"))
-        wanted = [_find(source.names, role) for role in ("item", "title")]
+        ids = [name for name in source.names if _plain(name) == "id"]
+        wanted = [_find(source.names, "item") or next(iter(ids), None), _find(source.names, "title")]
         if None in wanted:
-            raise ValueError(f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}")
+            raise ValueError(
+                f"{path}: no columns of items and titles among {', '.join(map(repr, source.names))}; name them so "
+                "in line 1"
+            )
         for _, frame in source.chunks(wanted):
             for item, title in zip(*(_texts(frame[name]) for name in wanted)):
                 more += bool(title) and first.setdefault(item, title) != title
-    return first, more
+    return first, more, f"item = {wanted[0]}, title = {wanted[1]}"
 
 
 # --------------------------------------------------------------------------------------------------- a second data set
@@ -689,10 +719,8 @@ def verdict(rows, scores):
         for name, where in (("auc", "across users"), ("uauc", "within a user")):
             gap = gaps.loc[name]
             sure = "better" if gap.low > 0 else "worse" if gap.high < 0 else "not surely different"
-            interval = f"{gap.low:+.3f} to {gap.high:+.3f}"
-            if np.isnan(gap.low):
-                sure, interval = "too few users to tell", "no interval"
-            said.append(f"{where} {sure} ({gap.difference:+.3f} {name.upper()}, {interval})")
+            numbers = f"{sure} ({gap.difference:+.3f} {name.upper()}, {gap.low:+.3f} to {gap.high:+.3f})"
+            said.append(f"{where} {'too few users to tell' if np.isnan(gap.low) else numbers}")
         told.append(f"{mine} against {other}: {', '.join(said)}")
     counted = (
         f"On {len(rows):,} rows, {table.users.iloc[0]:.0f} users counted by UAUC, differences with 95 % intervals:"

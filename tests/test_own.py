@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def test_json_lines_have_the_columns_of_all_their_first_records(tmp_path):
 
 def test_a_column_that_may_be_the_user_is_asked_about(tmp_path):
     path = write(tmp_path, "visitorid,itemid,rating,timestamp\n1,2,5,10\n2,3,1,20\n")
-    with pytest.raises(ValueError, match="is 'visitorid' the user"):
+    with pytest.raises(ValueError, match="no column of users; if it is among 'visitorid'"):
         bo.read_interactions(path)
     assert bo.read_interactions(path, columns={"user": "visitorid"}).users == ["1", "2"]
 
@@ -229,6 +230,62 @@ def test_exports_of_one_person(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("header", "row", "named"),
+    [
+        ("person,movie,rating,date", "{},Heat,5,2020-01-0{}", "'person'"),
+        ("client,product_id,stars,date", "{},7,5,2020-01-0{}", "'client'"),
+        ("email,isbn,rating", "{},7,{}", "'email'"),
+        ("name,movie,rating", "{},Heat,{}", "'name'"),
+        ("guest_id,movie,rating", "{},Heat,{}", "'guest_id'"),
+    ],
+)
+def test_a_column_that_may_be_the_user_is_not_passed_over(tmp_path, header, row, named):
+    """Else everybody is one person, and of two ratings of a film one is dropped."""
+    path = write(tmp_path, "\n".join([header, row.format("ann", 3), row.format("bob", 4)]) + "\n")
+    with pytest.raises(ValueError, match=f"no column of users; if it is among {named}.*--columns role=name"):
+        bo.read_interactions(path)
+    read = bo.read_interactions(path, columns={"user": named.strip("'")})
+    assert read.users == ["ann", "bob"] and len(read.rows) == 2 and "ann" not in read.titles
+
+
+@pytest.mark.parametrize("header", ["movie,rating,date", "name,rating,date"])
+def test_a_file_of_items_and_ratings_is_one_persons(tmp_path, header):
+    read = bo.read_interactions(write(tmp_path, f"{header}\nHeat,5,2020-01-01\nDune,1,2020-01-02\n"))
+    assert read.users == ["me"] and "no column of users" in read.report and read.titles == ["Dune", "Heat"]
+
+
+def test_what_counts_as_liked_is_in_the_report_and_doubted_where_hardly_anything_is(tmp_path):
+    rows = make_rows(0, 400).assign(rating=lambda r: 1 + 4 * r.label)[["user", "item", "rating", "timestamp"]]
+    rows.to_csv(tmp_path / "r.csv", index=False)
+    read = bo.read_interactions(tmp_path / "r.csv")
+    read.split()
+    assert read.report["liked"] == f"4 or more: {(rows.rating == 5).mean():.1%} of the rows"
+    plays = np.random.default_rng(0).integers(1, 50, len(rows))
+    plays[::40] = 1000  # four fifths of which hardly anything reaches
+    rows.assign(rating=plays).to_csv(tmp_path / "r.csv", index=False)
+    read = bo.read_interactions(tmp_path / "r.csv")
+    with suppress(ValueError):  # some part may hold none of them
+        read.split()
+    assert read.report["liked"] == "800 or more: 2.5% of the rows; is that meant? Else say like=, in a shell --like"
+
+
+def test_a_part_without_rows_is_not_blamed_on_likes(tmp_path):
+    lines = [f"u{user},i{item},{1 + 4 * (item % 2)}" for user in range(40) for item in range(5)]
+    read = bo.read_interactions(write(tmp_path, "user,item,rating\n" + "\n".join(lines) + "\n"))
+    with pytest.raises(ValueError, match="valid would hold no row: .*users of less than ten rows"):
+        read.split()
+
+
+def test_the_columns_of_titles_are_reported(tmp_path):
+    ratings = write(tmp_path, "user,item,rating\n1,3,5\n2,4,1\n")
+    listed = write(tmp_path, "id,title\n3,Emma\n4,Dune\n", "films.csv")
+    read = bo.read_interactions(ratings, titles=listed)
+    assert read.titles == ["Emma", "Dune"] and read.report["titles from"] == "films.csv: item = id, title = title"
+    listed = write(tmp_path, "id,book_id,title\n1,3,Emma\n2,4,Dune\n", "books.csv")
+    assert bo.read_interactions(ratings, titles=listed).titles == ["Emma", "Dune"]
+
+
+@pytest.mark.parametrize(
     ("cells", "values", "repair"),
     [
         (["4,5", "3,0", "2"], [4.5, 3, 2], "ratings with a decimal comma"),
@@ -319,6 +376,15 @@ def test_titles_come_from_a_second_file(tmp_path):
         (b"\x89PNG\r\n\x1a\n", "is a picture"),
         (b"PAR1 no PAR1", "not a Parquet file that can be read"),
         (b"a\0b,c\n", "is not text: there are zero bytes"),
+        (
+            b'[{"user": 1, "item": 2, "rating": 3},\n{"user": 2, "item": 2, "rating": 4}]\n',
+            "is a JSON array; write one",
+        ),
+        (b'user,item,rating\n1,2,"987"\n1,3,"1,234"\n', "line 3: the rating '1,234' may be a thousand or a fraction"),
+        (
+            b"user,item,rating,time\n1,1,,\n" + b"1,2,3,1577836800\n" * 5 + b"1,3,3,1577836800000\n",
+            "line 8: time 1577836800000 is not in the unit of the others; write all in one",
+        ),
         (b"just words\nand more\n", "no comma, tab, semicolon, bar or :: parts its lines"),
         (b"user,item\n1,2\n", "no column of ratings or labels among 'user', 'item'; say columns="),
         (b"user,rating\n1,2\n", "no column of items among"),
