@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pandas as pd
 
 import binllm_own as bo
 import binllm_utils as bu
+from binllm_data import ADAPTER_FILES, check_replaceable
 
 RECIPE = "distinct"  # codes to search among: fewer items share one
 
@@ -49,7 +51,7 @@ def parser():
     tuned = argparse.ArgumentParser(add_help=False)
     tuned.add_argument("--adapter", help="what the command tune wrote; else similarity alone is used")
     person = argparse.ArgumentParser(add_help=False)
-    person.add_argument("--user", help="a user of the data, by id")
+    person.add_argument("--user", help="a user of the data, by id; of ml-1m by row, from 0")
     person.add_argument("--likes", nargs="+", default=[], help="items that are liked, by title or id")
     person.add_argument("--dislikes", nargs="+", default=[], help="items that are not liked")
 
@@ -78,13 +80,17 @@ def parser():
     recommend.add_argument("-n", type=int, default=10)
     serve = add("serve", serve_http, coded, tuned)
     serve.add_argument("--port", type=int, default=8765)
-    serve.add_argument("--address", default="127.0.0.1", help="others than this machine need BINLLM_TOKEN")
+    serve.add_argument(
+        "--address", default="127.0.0.1", help="others than this machine need BINLLM_TOKEN, and TLS before it"
+    )
     return made
 
 
 # ---------------------------------------------------------------------------------------------------- data and codes
 def read(asked):
-    """(Dataset, ids of its users, ids of its items, report): ids as they are written in the file."""
+    """(Dataset, ids of its users, ids of its items, report): ids as they are written in the file; of ml-1m the users'
+    rows, and titles. The report is printed too: no command goes on from a wrong guess without a word.
+    """
     if asked.data == "ml-1m":
         if asked.titles or asked.columns or asked.like is not None:
             raise ValueError("ml-1m has its own titles and likes; leave --titles, --columns and --like out")
@@ -95,7 +101,10 @@ def read(asked):
     columns = dict(pair.split("=", 1) for pair in asked.columns)
     found = bo.read_interactions(asked.data, columns or None, asked.titles, asked.dayfirst)
     name = re.sub(r"[^\w .+-]|^[^\w]+", "_", Path(asked.data).stem)
-    return found.split(like=asked.like, name=name), found.users, found.items, found.report
+    dataset = found.split(like=asked.like, name=name)
+    if first():
+        print(*(f"{fact}: {value}" for fact, value in found.report.items()), sep="\n")
+    return dataset, found.users, found.items, found.report
 
 
 def write_codes(path, codes, users, items, dataset):
@@ -123,12 +132,17 @@ def read_codes(path, users, items, dataset):
     if not Path(path).is_file():
         raise ValueError(f"{path} is not there; make it with the command codes")
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(path, allow_pickle=False) as kept, zipfile.ZipFile(path) as archive:
+            most = 10_000 * (len(users) + len(items)) + 1_000_000  # bytes, before a stranger's array fills the memory
+            if sum(part.file_size for part in archive.infolist()) > most:
+                raise ValueError(f"more than {most:,} bytes")
             sides = [(kept[f"{side}s"], kept[f"{side}_ids"].tolist()) for side in ("user", "item")]
             known = str(kept["made_from"]) == bu.digest(dataset.train)
         tables = bu.Codes(*(table for table, _ in sides))
         if any(len(table) != len(ids) for table, (_, ids) in zip((tables.users, tables.items), sides)):
             raise ValueError("not a code for each id")
+        if any(len(set(ids)) < len(ids) for _, ids in sides):
+            raise ValueError("an id is there twice")
     except Exception as error:  # whatever reading a damaged archive may raise: there are a dozen kinds
         raise ValueError(f"{path} holds no codes ({error!s:.200}); make them with the command codes") from None
     places = [pd.Index(ids).get_indexer(wanted) for (_, ids), wanted in zip(sides, (users, items))]
@@ -163,25 +177,32 @@ def try_out(asked):
     scores["codes so far"] = bu.hamming_similarity(now, codes.items[rows.item])
     seconds = {}
     for reader in bs.READERS if asked.ask else ():
-        began = time.perf_counter()
-        scores[f"LLM, {reader}"] = shipped(reader, dataset, codes, rows, asked.things)
-        seconds[f"LLM, {reader}"] = round((time.perf_counter() - began) / len(rows), 3)
+        p, taught, spent = shipped(reader, dataset, codes, rows, asked.things)
+        name = f"LLM, {reader}" if taught else f"LLM, {reader}, untaught"
+        scores[name], seconds[name] = p, round(spent / len(rows), 3)
     table, sentence = bo.verdict(rows, scores)
+    sentences = sentence.splitlines()
+    if asked.ask:  # the other question too: codes against counting
+        _, without = bo.verdict(rows, {name: values for name, values in scores.items() if name not in seconds})
+        sentences += without.splitlines()[1:]
     table["seconds a row"] = pd.Series(seconds, dtype=float)
     table = table.astype(object).where(table.notna(), None)  # JSON has no NaN
     report |= bo.shares(dataset)
-    return {"report": report, "table": table.to_dict("index"), "verdict": sentence.splitlines()}
+    return {"report": report, "table": table.to_dict("index"), "verdict": sentences}
 
 
 def shipped(reader, dataset, codes, rows, things):
-    """P(Yes) of `rows` by one of `bs.READERS`, as its lessons left it: it has seen no row of these data."""
+    """(P(Yes) of `rows`, whether it was taught, seconds) of one of `bs.READERS`, which saw no row of these data."""
     import binllm_extras as bx
     import binllm_serve as bs
 
     style, adapter = bs.READERS[reader]
     model, tokenizer = bu.load_llm()
     prompts = bs.prompts_before(dataset, codes, rows, bo.template_about(style, things))
-    return bu.score(bx.load_shipped(model, adapter), tokenizer, prompts)
+    reader = bx.load_shipped(model, adapter)
+    began = time.perf_counter()
+    p = bu.score(reader, tokenizer, prompts)
+    return p, hasattr(reader, "peft_config"), time.perf_counter() - began
 
 
 def make_codes(asked):
@@ -198,18 +219,19 @@ def make_codes(asked):
 def tune_llm(asked):
     """tune an LLM on the data's own prompts; goes on where it was stopped"""
     style = bo.template_about(asked.style, asked.things)
+    check_replaceable(asked.out, ADAPTER_FILES, "an adapter")  # now, not when all is done
     dataset, users, items, _ = read(asked)
     codes = codes_for(asked, dataset, users, items) if asked.style != "text" else None
     model, tokenizer = bu.load_llm(asked.llm)
     rows = bu.sample_sittings(dataset, asked.rows)
-    prompts = bu.build_prompts(dataset, rows, codes, style, asked.format)
+    prompts = bu.build_prompts(dataset, rows, codes, style, asked.format, history="row")  # as `recommend` asks
     kept = bu.CACHE / "checkpoints" / bu.digest([model.name_or_path, *prompts], rows)
     model, curve = bu.tune(model, tokenizer, prompts, rows.label, folder=kept)
     card = {"style": style, "format": asked.format, "llm": model.name_or_path, "rows": len(rows), "data": dataset.name}
     card["codes"] = codes and bu.digest(codes.users, codes.items)
     if first():
         bu.save_adapter(model, asked.out, card, curve)
-        shutil.rmtree(kept)
+        shutil.rmtree(kept, ignore_errors=True)
     return {"adapter": asked.out, "rows": len(rows), "steps": len(curve), "loss": round(curve.loss.tail(10).mean(), 4)}
 
 
@@ -223,6 +245,8 @@ def recommender(asked):
         try:
             card = json.loads(Path(asked.adapter, "card.json").read_text())
             llm, name, learned = {"style": card["style"], "fmt": card["format"]}, card["llm"], card["codes"]
+            if not all(isinstance(value, str) for value in (*llm.values(), name)):
+                raise TypeError(f"style, format and llm are {llm}, {name}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{asked.adapter} is no adapter of the command tune: {error!r:.200}") from None
         if learned not in (None, bu.digest(codes.users, codes.items)):
@@ -255,7 +279,8 @@ def serve_http(asked):
     import binllm_serve as bs
 
     def ready(port):
-        print(f"serving on http://{asked.address}:{port}, Ctrl-C ends it", file=sys.stderr, flush=True)
+        host = f"[{asked.address}]" if ":" in asked.address else asked.address
+        print(f"serving on http://{host}:{port}, Ctrl-C ends it", file=sys.stderr, flush=True)
 
     token = os.environ.get("BINLLM_TOKEN")
     bs.check_address(asked.address, asked.port, token)

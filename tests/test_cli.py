@@ -61,20 +61,23 @@ def test_a_verdict_may_ask_an_llm_about_some_rows(ratings, capsys, small_llm, mo
     )
     found = said(capsys, "try", ratings, "--ask", 20, "--things", "book")
     table = found["table"]
-    assert list(table)[-2:] == ["LLM, titles", "LLM, titles and codes"] and table["codes"]["seconds a row"] is None
-    assert table["LLM, titles"]["seconds a row"] > 0 and [len(prompts) for prompts in asked] == [20, 20]
+    assert list(table)[-2:] == ["LLM, titles, untaught", "LLM, titles and codes, untaught"]  # two layers of it
+    assert table["codes"]["seconds a row"] is None and table["LLM, titles, untaught"]["seconds a row"] > 0
+    assert [len(prompts) for prompts in asked] == [20, 20]
     assert all("books" in prompt and "movie" not in prompt for prompts in asked for prompt in prompts)
     assert found["verdict"][0].startswith("On 20 rows")
-    assert all(line.startswith("LLM, titles and codes against ") for line in found["verdict"][1:])
+    assert all(line.startswith("LLM, titles and codes, untaught against ") for line in found["verdict"][1:6])
+    assert [line.split(":")[0] for line in found["verdict"][6:]] == [
+        f"codes so far against {other}" for other in ("counting", "counting so far", "codes")
+    ]
     assert found["report"]["training, valid and test rows"] == "320, 41, 39"
     assert {"liked, of the test rows", "of users not in training", "of items not in training"} <= set(found["report"])
 
 
 def test_who_asked_may_be_gone_when_the_answer_comes(ratings):
-    run = subprocess.run(
-        f"{sys.executable} -m binllm_utils try {ratings} | true", shell=True, cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
+    command = f"set -o pipefail; {sys.executable} -m binllm_utils try {ratings} | true"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
 
 
 def test_the_verdict_on_one_person_is_json(ratings, tmp_path, capsys):
@@ -122,6 +125,28 @@ def test_from_a_file_to_codes_an_adapter_and_recommendations(ratings, tmp_path, 
     assert "was tuned with other codes" in capsys.readouterr().err
 
 
+def test_every_command_says_how_the_file_was_read(ratings, tmp_path, capsys, monkeypatch):
+    lines = Path(ratings).read_text().splitlines()
+    (tmp_path / "gap.csv").write_text("\n".join([*lines, "u1,,5,3,Film 3"]) + "\n")
+    monkeypatch.setattr(bu, "cached_codes", lambda data, recipe: bu.fit_codes(data, 16, max_epochs=2)[0])
+    assert bc.main(["recommend", str(tmp_path / "gap.csv"), "--user", "u1"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["items"]
+    assert "columns: user = user, item = item, rating = rating" in err and "liked: 4 or more: " in err
+    assert "rows without user, item or rating, left out: 1" in err
+
+
+def test_tuning_shows_likes_as_recommending_does(ratings, tmp_path, capsys, small_llm, monkeypatch):
+    """Up to the row: of people with one sitting, likes before the sitting are none."""
+    rows = pd.read_csv(ratings)
+    rows.assign(timestamp=range(len(rows))).to_csv(ratings, index=False)  # all of it one sitting
+    shown = []
+    monkeypatch.setattr(bu, "tune", lambda model, tokenizer, prompts, *a, **k: shown.extend(prompts) or sys.exit())
+    with pytest.raises(SystemExit):
+        bc.main(["tune", ratings, "--out", str(tmp_path / "a"), "--rows", "40", "--style", "text"])
+    assert sum("Film" in prompt.split("Leverage")[0] for prompt in shown) > len(shown) / 2
+
+
 def test_codes_belong_to_ids_not_to_places(tmp_path, toy, capsys):
     rng = np.random.default_rng(0)
     codes, users, items = bu.Codes(rng.integers(0, 2, (3, 16)), rng.integers(0, 2, (4, 16))), list("abc"), list("wxyz")
@@ -167,6 +192,7 @@ def test_codes_belong_to_ids_not_to_places(tmp_path, toy, capsys):
         (["try", "{ratings}", "--columns", "stars"], "give pairs such as rating=stars"),
         (["try", "{ratings}", "--columns", "rating=stars"], "stars"),
         (["tune", "{ratings}", "--out", "x", "--things", "two words"], "no word for what the items are"),
+        (["tune", "nothing read.csv", "--out", "."], "holds other files (r.csv)"),
         (["recommend", "{ratings}", "--user", "nobody"], "there is no user 'nobody'"),
         (["recommend", "{ratings}"], "name a user, or items"),
         (["recommend", "{ratings}", "--user", "u1", "--codes", "none.npz"], "none.npz"),
