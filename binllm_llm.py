@@ -26,10 +26,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from binllm_data import (
+    ADAPTER_FILES,
     CACHE,
     SMOLLM2,
     SMOLLM2_GGUF,
+    SMOLLM2_HUB,
     SMOLLM2_REGISTRY,
+    SMOLLM2_REVISION,
     alone,
     check_replaceable,
     digest,
@@ -70,9 +73,10 @@ def load_llm(name=None, *, nf4=True, layers=None, device=None):
     """(model, tokenizer) of a causal LM, frozen, on `device`: if None, the GPU where there is one.
 
     name: a folder or hub name; None takes BINLLM_LLM, else SmolLM2-135M-Instruct, which comes from the package registry
-    or, where that fails, from the hub. nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones.
-    layers: keep the first ones only. Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a
-    CPU. Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
+    or, where that fails, from the hub: in full precision, so with other weights and as SMOLLM2_HUB.
+    nf4: 4-bit NF4 weights with double quantisation (QLoRA), else plain ones. layers: keep the first ones only.
+    Computes in bfloat16 on a GPU that has it, float16 on an older GPU, float32 on a CPU.
+    Raises OSError when no such model can be had. Only safetensors are read and no remote code is run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -83,23 +87,26 @@ def load_llm(name=None, *, nf4=True, layers=None, device=None):
         try:
             source = _smollm2_folder()
         except OSError as error:
-            print(f"{error}\nTrying the hub for {SMOLLM2}")
-            source = SMOLLM2
+            name = SMOLLM2_HUB
+            print(f"{error}\nTrying the hub for {name}, full precision: adapters for {SMOLLM2} do not fit it")
+    if name == SMOLLM2_HUB:
+        source = SMOLLM2
     card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by `accelerate launch`, a card each
     dtype, device = compute_dtype(), device or (card if torch.cuda.is_available() else "cpu")
-    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=device)
+    where = dict(trust_remote_code=False, revision=SMOLLM2_REVISION if name == SMOLLM2_HUB else "main")
+    options = dict(dtype=dtype, use_safetensors=True, device_map=device) | where
     if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     with _one_sentence(source):
-        config = options["config"] = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = options["config"] = AutoConfig.from_pretrained(source, **where)
     text = config.get_text_config()
     if layers and layers > text.num_hidden_layers:
         raise ValueError(f"layers is {layers}; {name} has {text.num_hidden_layers}")
     text.num_hidden_layers = layers or text.num_hidden_layers
     with _one_sentence(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     for module in model.modules():
         # bitsandbytes 0.50 would repack 4-bit weights at the first scoring on a CPU with AVX512-BF16, and from then on
@@ -185,7 +192,7 @@ def encode_prompts(model, tokenizer, prompts):
 # One pass, many questions. A pack is one sequence: beginnings that several prompts share, each followed by the prompts'
 # own endings. An ending sees its beginning and itself, and its positions go on from the beginning.
 def share_beginnings(ids, rows):
-    """[(number of shared tokens, rows)]: `rows` of `ids` grouped by a beginning of at least a quarter of each prompt.
+    """[(number of shared tokens, rows)]: `rows` of `ids` grouped by a beginning of at least a quarter of a new prompt.
 
     The last token of a prompt is never shared, for there stands the answer.
     """
@@ -599,10 +606,8 @@ class _Run:
             raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from None
         if notes.get("run") != self.name:
             raise ValueError(f"{path} is of another run (model, prompts, labels or settings); give another folder")
-        wanted = {
-            "curve",
-            *(f"{key} {name}" for name in self.weights for key in ("weight", "step", "exp_avg", "exp_avg_sq")),
-        }
+        keys = ("weight", "step", "exp_avg", "exp_avg_sq")
+        wanted = {"curve", *(f"{key} {name}" for name in self.weights for key in keys)}
         if wanted - set(tensors):
             raise ValueError(f"{path} is damaged (no {(wanted - set(tensors)).pop()}); delete it to begin anew")
         for name, p in self.weights.items():
@@ -625,7 +630,7 @@ def save_adapter(model, folder, card, curve):
     others = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
     if others:
         raise ValueError(f"{others[0]} learns too and is no LoRA weight; an adapter file would leave it out")
-    check_replaceable(folder, ("adapter_*", "card.json", "curve.csv", "README.md"), "an adapter")
+    check_replaceable(folder, ADAPTER_FILES, "an adapter")
     with replacing(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # the default asks the hub about the base model
         (part / "README.md").unlink()  # peft's empty form; the card says what there is to say

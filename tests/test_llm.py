@@ -1,12 +1,14 @@
 """The LLM: loading, scoring, tuning and keeping adapters, on the real model's first two layers."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 
@@ -170,8 +172,23 @@ def test_loading_order(monkeypatch, tmp_path):
         raise OSError("no registry")
 
     monkeypatch.setattr(binllm_llm, "_smollm2_folder", no_registry)
+    asked, real = [], transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda name, **how: asked.append((name, how)) or real(name, **how)
+    )
     with pytest.raises(OSError, match=f"no LLM '{bu.SMOLLM2}'"):  # it did turn to the hub, which tests cannot reach
         bu.load_llm()
+    (name, how), _ = asked[0], asked.clear()
+    assert name == bu.SMOLLM2 and re.fullmatch("[0-9a-f]{40}", how["revision"]) and not how["trust_remote_code"]
+    # what comes from there are other weights than the registry's: under its own name no adapter is taken for the other
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **how: real(folder, **how))
+    loads = [
+        (loader, loader.from_pretrained) for loader in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM)
+    ]
+    for loader, load in loads:
+        monkeypatch.setattr(loader, "from_pretrained", lambda name, load=load, **how: load(folder, **how))
+    folder = str(tmp_path / "explicit")
+    assert bu.load_llm(nf4=False)[0].name_or_path == binllm_llm.SMOLLM2_HUB == bu.SMOLLM2 + "@hub"
 
 
 def test_a_missing_llm_is_named():
