@@ -12,7 +12,9 @@ data/cache.
 
 import itertools
 import json
+import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -97,7 +99,7 @@ def literacy(name="literacy"):
     """
     dataset, folder = bu.load_ml1m(), ADAPTERS / name
     # `literacy` is older than the tutorial's four bits; taught and examined so, it read worse
-    model, tokenizer = bu.load_llm(nf4=name != "literacy")
+    model, tokenizer = bu.load_llm(bu.SMOLLM2, nf4=name != "literacy")
     courses, curves = json.loads(json.dumps(COURSES[name])), []
     done = json.loads((folder / "card.json").read_text())["courses"] if (folder / "card.json").exists() else []
     if done != courses[: len(done)]:
@@ -113,6 +115,7 @@ def literacy(name="literacy"):
         card = {"what": "reads codes; saw made-up codes only", "llm": model.name_or_path, "courses": courses[:place]}
         card |= {"seconds": round(curves[-1].seconds.iloc[-1])} | records.stamps()
         bu.save_adapter(model, folder, card, pd.concat(curves))
+        forget(f"{name}-{place}")
 
 
 def teach(dataset, model, tokenizer, lr, lessons, seeds, checkpoint):
@@ -122,6 +125,11 @@ def teach(dataset, model, tokenizer, lr, lessons, seeds, checkpoint):
     options = {"batch_size": BATCH, "lr": lr, "shuffle": False, "folder": bu.CACHE / "checkpoints" / checkpoint}
     model, curve = bu.tune(model, tokenizer, asked.prompt, asked.label, **options)
     return model, curve.assign(lesson=asked.lesson.to_list()[::BATCH])
+
+
+def forget(checkpoint):
+    """Delete the checkpoint of a course that is saved: taught anew, it shall not be found."""
+    shutil.rmtree(bu.CACHE / "checkpoints" / checkpoint, ignore_errors=True)
 
 
 def exam(dataset, model, tokenizer, name, course):
@@ -177,7 +185,7 @@ def titles(name="titles"):
     rows by titles alone, before the first course and after each, all of them and those of films cold at first or not,
     becomes rows of data/results/titles.csv. Run again, it goes on.
     """
-    dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(), ADAPTERS / name
+    dataset, (model, tokenizer), folder = bu.load_ml1m(), bu.load_llm(bu.SMOLLM2), ADAPTERS / name
     cold, card, learned = bx.some_items(dataset), {"courses": 0}, None
     start = "titles" if name == "all_titles" else None
     if (folder / "card.json").exists():
@@ -206,6 +214,7 @@ def titles(name="titles"):
         card = {"what": what, "llm": model.name_or_path, "start": start}
         card |= TITLES | {"courses": course, "seconds": round(learned.seconds.iloc[-1])} | records.stamps()
         bu.save_adapter(model, folder, card, learned)
+        forget(f"{name}-{course}")
 
 
 def title_exam(dataset, model, tokenizer, cold, name, questions):
@@ -221,7 +230,8 @@ def title_exam(dataset, model, tokenizer, cold, name, questions):
 
 def one_step():
     """BinLLM itself, as an adapter: the run `one_step` of results.py from all ratings of the training split."""
-    dataset, profile, run = bu.load_ml1m(), bu.PROFILES["full"], results.RUNS["one_step"]
+    dataset, run = bu.load_ml1m(), results.RUNS["one_step"]
+    profile = replace(bu.PROFILES["full"], llm=bu.SMOLLM2)  # whatever BINLLM_LLM says
     codes = bu.cached_codes(dataset)
     model, _, curve = results.tuned_llm(dataset, codes, profile, run)
     made_of = results.card_of(dataset, codes, profile, run, results.VARIANTS[run.variant], 0)

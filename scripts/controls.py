@@ -106,10 +106,11 @@ def ask(reader, dataset, rows, codes):
 def keep_flips(reader, table):
     """Put the turned bits of a reader into flips.csv, in place of earlier ones."""
     path, others = RECORDS / "flips.csv", []
-    if path.exists():
-        others = [part for name, part in pd.read_csv(path).groupby("reader") if name != reader]
-    with bu.replacing(path) as part:
-        pd.concat([*others, table.assign(reader=reader)]).to_csv(part, index=False)
+    with bu.alone(path):
+        if path.exists():
+            others = [part for name, part in pd.read_csv(path).groupby("reader") if name != reader]
+        with bu.replacing(path) as part:
+            pd.concat([*others, table.assign(reader=reader)]).to_csv(part, index=False)
 
 
 def main():

@@ -189,9 +189,13 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
     All that determines it is in its card, whose digest is in the folder's name. A run that was cut short goes on where
     it was. The rows are whole sittings, the same for every run of a seed.
     """
-    variant = VARIANTS[run.variant]
-    card = card_of(dataset, codes, profile, run, variant, seed)
-    folder = kept_adapter(profile, card)
+    card = card_of(dataset, codes, profile, run, VARIANTS[run.variant], seed)
+    with bu.alone(kept_adapter(profile, card)):  # runs that want the same wait for the first
+        return _tuned(dataset, codes, profile, run, seed, card)
+
+
+def _tuned(dataset, codes, profile, run, seed, card):
+    variant, folder = VARIANTS[run.variant], kept_adapter(profile, card)
     done = folder.exists()
     if variant.first and not done:
         first = Run(variant.first.name, nf4=run.nf4, history=run.history)
@@ -213,7 +217,7 @@ def tuned_llm(dataset, codes, profile, run, seed=0):
         curve["seconds"] += before.seconds.iloc[-1]  # both steps count
     card |= {"steps": len(curve), "seconds": round(curve.seconds.iloc[-1], 1)} | records.stamps()
     bu.save_adapter(model, folder, card, curve)
-    shutil.rmtree(kept)
+    shutil.rmtree(kept, ignore_errors=True)
     return model, tokenizer, curve
 
 
@@ -295,7 +299,7 @@ def answer(name, seed, dataset, profile):
     if records.has_row(folder / "runs.csv", asked):
         return print(f"{title}: there already", flush=True)
     model, tokenizer, curve = tuned_llm(dataset, codes, profile, run, seed)
-    seconds, count = 0.0, 0
+    seconds, count, tokens = 0.0, 0, {}
     for split, part in rows.items():
         prompts = bu.build_prompts(dataset, part, codes, variant.style, run.fmt, history=run.history)
         p, part_seconds = score_in_parts(model, tokenizer, prompts, f"{asked['made_from']}-{split}")
@@ -307,13 +311,14 @@ def answer(name, seed, dataset, profile):
         what |= {"dataset": dataset.name, "split": split, "seed": seed, "seconds": round(curve.seconds.iloc[-1], 1)}
         records.record(profile, part, p, model="llm", **what)
         seconds, count = seconds + part_seconds, count + len(prompts)
+        tokens[split] = np.mean([len(ids) for ids in tokenizer(prompts).input_ids])
     row = asked | {"variant": run.variant, "format": run.fmt, "seed": seed, "tuning_rows": int(curve.rows.sum())}
     row |= {
         "tuning_seconds": round(curve.seconds.iloc[-1], 1),
         "prompts": count,
         "seconds_per_prompt": round(seconds / count, 4),
     }
-    row["tokens"] = round(np.mean([len(ids) for ids in tokenizer(prompts).input_ids]), 1)
+    row["tokens"] = round(tokens["valid"], 1)  # rows that every run is asked about
     keep_curve(folder / "curves.csv", title, profile, curve)
     records.put_row(folder / "runs.csv", row, ["run", "profile"])
     for split in rows:
@@ -354,7 +359,7 @@ def keep_curve(path, title, profile, curve):
 
 def own_profile():
     """`bu.current_profile`, `patient` for `cpu` if none was named; another LLM (BINLLM_LLM) has a name of its own."""
-    if "BINLLM_PROFILE" not in os.environ and bu.current_profile().name == "cpu":
+    if not os.environ.get("BINLLM_PROFILE") and bu.current_profile().name == "cpu":
         os.environ["BINLLM_PROFILE"] = "patient"
     profile, llm = bu.current_profile(), os.environ.get("BINLLM_LLM")
     return replace(profile, name=f"{profile.name}-{Path(llm).name}") if llm else profile

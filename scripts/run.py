@@ -91,9 +91,11 @@ def main(wanted, release):
     profile = bu.current_profile()
     folder = ROOT / "notebooks" if release else bu.OUTPUT / "notebooks"
     results = ROOT / "data" / "results" if release else bu.OUTPUT / "results"
-    paths = [p for p in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")) if p.name.startswith(tuple(wanted or [""]))]
-    if not paths:
-        sys.exit(f"no notebook begins with {' or '.join(wanted)}")
+    every = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    for begin in wanted:
+        if not any(path.name.startswith(begin) for path in every):
+            sys.exit(f"no notebook begins with {begin}")
+    paths = [path for path in every if path.name.startswith(tuple(wanted or [""]))]
     print(f"profile {profile.name} on {records.hardware()}: {len(paths)} notebooks")
     print("[data and model] fetched, checked and converted on the first run only", flush=True)
     bu.load_ml1m()
