@@ -35,10 +35,12 @@ class Shards:
         files = sorted(Path(folder).glob("*.parquet"))
         if not files:
             raise OSError(f"{folder} holds no .parquet file")
-        self.groups, self.likes, self.together = [], 0, together
+        self.likes, self.together = 0, together
         self.users, self.items = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        for file in files:
-            self.groups += [(file, group) for group in range(_metadata(file).num_row_groups)]
+        kept = {file: _metadata(file) for file in files}
+        self.groups = [(file, group) for file in files for group in range(kept[file].num_row_groups)]
+        rows = sum(found.num_rows for found in kept.values())
+        self.most = min(1 << 31, max(1_000_000, 20 * rows))  # with larger ids the counts would fill the memory
         for file, group in tqdm(self.groups, desc="counting rows", leave=False, disable=len(self.groups) < 20):
             user, item, label = self._read(file, group)
             self.users, self.items = _add(self.users, user), _add(self.items, item)
@@ -58,9 +60,9 @@ class Shards:
         except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"{where} cannot be read ({error!s:.200}); it needs the columns {COLUMNS}") from None
         for name, values in zip(COLUMNS, found):
-            most = 2 if name == "label" else 1 << 31
+            most = 2 if name == "label" else self.most
             if values.dtype.kind not in "iub" or (len(values) and not 0 <= values.min() <= values.max() < most):
-                wanted = "0 or 1" if name == "label" else "whole numbers from 0"
+                wanted = "0 or 1" if name == "label" else f"whole numbers from 0 to {self.most - 1:,}"
                 raise ValueError(f"{where}: {name} must be {wanted}, none missing; ids are numbered by pd.factorize")
         return [values.astype(np.int64) for values in found]
 
@@ -145,7 +147,7 @@ def score_everywhere(client, load, prompts, rows_a_part=256, progress=True):
 
     load: a function without arguments that gives (model, tokenizer); a worker calls it once a run, and keeps the model
     until the next. Prompts that begin alike go to one worker together. When a worker dies, another gets what it had;
-    a part that three workers died of is given up (dask's KilledWorker).
+    a part that four workers died of is given up (dask's KilledWorker).
     dask sends functions by pickle, which can do anything: keep the scheduler on loopback or behind TLS.
     Raises ValueError for no prompts, no worker, or workers with more than one thread, for a model answers one at a
     time; what `load` or `bu.score` raise is raised here, and the other parts are given up.

@@ -343,7 +343,7 @@ def train_cf(model, dataset, *, lr, weight_decay, seed=0, max_epochs=300, patien
              progress=True):  # fmt: skip
     """Train a collaborative `model` on the training split by binary cross-entropy; keep the best epoch.
 
-    The best is the one with the highest sum of AUC and UAUC on valid.
+    The best has the highest sum, on valid, of AUC and the users' mean AUC, .5 for those who have none.
     average: decay a step of an exponential moving average of the weights, which is then what is judged and kept.
     rows: where the training rows come from, if not from the split in memory (`binllm_scale.Shards`).
     Stops `patience` epochs after the best one, but never before the valid AUC has passed .52: plain MF can sit at .5
@@ -764,11 +764,11 @@ def uauc(users, labels, scores):
     """(UAUC, users counted): the plain mean of the users' AUCs (paper, Section 4.1).
 
     Users with one row or one class have no AUC and are left out; tell how many are left beside the mean.
-    Raises ValueError when nobody is left.
+    Where nobody is left, a warning says so, and the mean is NaN.
     """
     each = user_aucs(users, labels, scores).dropna()
     if each.empty:
-        raise ValueError("UAUC counts no user: each has one row or one class; score more rows of each user")
+        warnings.warn("UAUC counts no user: each has one row or one class; score more rows of each user", stacklevel=2)
     return float(each.mean()), len(each)
 
 

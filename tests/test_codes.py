@@ -412,8 +412,9 @@ def test_a_user_with_one_row_is_trained_and_left_out_of_uauc():
     dataset = make_dataset(train=pd.concat([make_rows(0, 400), lonely], ignore_index=True))
     codes, _ = bu.fit_codes(dataset, bits=8, max_epochs=3, progress=False)
     assert codes.users.shape == (21, 8)
-    with pytest.raises(ValueError, match="UAUC counts no user: each has one row or one class"):
-        bu.uauc(lonely.user, lonely.label, [0.5])
+    with pytest.warns(UserWarning, match="UAUC counts no user: each has one row or one class"):
+        mean, users = bu.uauc(lonely.user, lonely.label, [0.5])
+    assert np.isnan(mean) and users == 0
 
 
 @pytest.fixture(scope="session")

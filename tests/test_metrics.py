@@ -146,6 +146,19 @@ def test_of_few_users_no_interval_is_told(users):
     assert test.difference.auc == pytest.approx(bu.auc(rows.label, b) - bu.auc(rows.label, a))
 
 
+def test_p_is_two_sided_and_the_same_whichever_way_round():
+    rng = np.random.default_rng(1)
+    users, labels = np.repeat(np.arange(60), 10), rng.integers(0, 2, 600)
+    a, b = rng.random(600), rng.random(600) + 0.05 * labels
+    there, back = bu.paired_test(users, labels, a, b), bu.paired_test(users, labels, b, a)
+    assert np.allclose(there[["difference", "low", "high"]], -back[["difference", "high", "low"]])
+    assert np.allclose(there.p, back.p)
+    one, two = bu._bootstrap(users, labels, [a, b], 1000, seed=0)
+    for name in ("auc", "uauc"):
+        below = (two[name] - one[name] <= 0).sum()
+        assert 0 < below < 500 and there.p[name] == pytest.approx(2 * (1 + below) / 1001)
+
+
 def test_few_users_that_count_have_no_interval_of_uauc():
     rows = pd.DataFrame({"user": np.repeat(np.arange(50), 4), "label": [0, 1] * 6 + [1] * 188})  # three users count
     scores = np.random.default_rng(0).random(200)

@@ -302,8 +302,9 @@ def test_what_fit_codes_refuses_is_refused_for_shards(toy, tmp_path, options, sa
         ({"label": [0.0, 1.0]}, "label must be 0 or 1"),
         ({"user": [-1, 0]}, "user must be whole numbers from 0"),
         ({"user": ["a", "b"]}, "user must be whole numbers"),
-        ({"item": pa.array([None, 1])}, "item must be whole numbers from 0, none missing"),
+        ({"item": pa.array([None, 1])}, "item must be whole numbers from 0 to 999,999, none missing"),
         ({"item": [0, 1 << 40]}, "item must be whole numbers"),
+        ({"user": [0, 1 << 30]}, "user must be whole numbers from 0 to 999,999, none missing"),
         ({"label": [1, 1]}, "of 2 rows 2 are likes"),
     ],
 )
