@@ -44,6 +44,15 @@ class NeverBinary(bu.BinMF):
 
 WAYS = {"ml-1m": ["paper 32", "reference 32", "ste 32", "ste 64", "distinct 32", "distinct 64"]}
 WAYS["ml-1m"] += ["descent 32", "descent 64"]
+PARTS = {"scale": {"scaled": False}, "dropout": {"dropout": 0.0}, "average": {"average": None}}  # what `ste` adds
+CHANGED = {  # what each part is worth: (recipe of `bu.RECIPES`, what is changed in it, whether films have features)
+    **{f"ste, no {part}": ("ste", without, True) for part, without in PARTS.items()},
+    "ste, no features": ("ste", {}, False),
+    "ste, none of these": ("ste", PARTS["scale"] | PARTS["dropout"] | PARTS["average"], False),
+    "reference, not annealed": ("reference", {"anneal": None}, False),
+    "reference, 0 and 1": ("reference", {"zero_one": True}, False),
+}
+WAYS["ml-1m"] += [f"{name} 32" for name in CHANGED]
 WAYS["ml-1m-past"] = ["past 32", "past 64", "descent 32", "descent 64", "descent 128"]  # settings for as many rows
 
 
@@ -52,6 +61,17 @@ def continuous(dataset, seed, max_epochs):
     how = bu.RECIPES["reference"]
     model = NeverBinary(dataset, 32, how)
     return model, bu.train_cf(model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs)
+
+
+def changed(dataset, bits, seed, name, max_epochs):
+    """As `bu.fit_codes`, by one of CHANGED."""
+    recipe, changes, featured = CHANGED[name]
+    torch.manual_seed(seed)
+    how = replace(bu.RECIPES[recipe], **changes)
+    features = np.zeros((dataset.n_items, 0), np.float32) if how.features and not featured else None
+    model = bu.BinMF(dataset, bits, how, features)
+    curve = bu.train_cf(model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs)
+    return model.codes(), curve
 
 
 def collaborative(dataset, profile):
@@ -67,9 +87,9 @@ def collaborative(dataset, profile):
 
     def coded(recipe, bits):
         def run(seed):
-            fit = bx.fit_descent if recipe == "descent" else bu.fit_codes
+            fit = changed if recipe in CHANGED else bx.fit_descent if recipe == "descent" else bu.fit_codes
             codes, curve = fit(dataset, bits, seed, recipe, max_epochs=epochs)
-            if recipe == "paper":  # its codes are 0 and 1: bits that both have count, bits that both lack do not
+            if recipe in ("paper", "reference, 0 and 1"):  # bits that both have count, bits that both lack do not
                 users, items = codes.of(test)
                 return (users * items).sum(1), curve.seconds.iloc[-1]
             return codes.similarity(test), curve.seconds.iloc[-1]
@@ -85,7 +105,7 @@ def collaborative(dataset, profile):
         ("continuous", "hybrid", None): scored(bx.fit_hybrid, max_epochs=epochs),
     }
     for way in WAYS.get(dataset.name, WAYS["ml-1m"]):
-        recipe, bits = way.split()
+        recipe, bits = way.rsplit(" ", 1)
         ways["codes", recipe, int(bits)] = coded(recipe, int(bits))
     found = {}
     for (model, variant, bits), way in ways.items():
