@@ -235,7 +235,7 @@ def one_step():
     codes = bu.cached_codes(dataset)
     model, _, curve = results.tuned_llm(dataset, codes, profile, run)
     made_of = results.card_of(dataset, codes, profile, run, results.VARIANTS[run.variant], 0)
-    card = {"what": "BinLLM: reads the paper's prompt of titles and codes; tuned on all ratings of the training split"}
+    card = {"what": "BinLLM in one step: the paper's prompt of titles and codes; tuned on all training ratings"}
     # its own stamps stay: where it was tuned, not where it is copied
     card |= json.loads((results.kept_adapter(profile, made_of) / "card.json").read_text())
     bu.save_adapter(model, ADAPTERS / "one_step", card, curve)

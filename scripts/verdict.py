@@ -1,4 +1,4 @@
-"""Does an LLM that reads titles and codes rank other data better than counting? python scripts/verdict.py; an hour.
+"""Does an LLM that reads titles and codes rank other data better than counting? scripts/verdict.py; half an hour.
 
 MovieLens-100K, cut by time as in notebook 10, where most test users are new: codes, likes and counting all know what
 had been rated so far. The reader of titles and the reader of codes are asked as their lessons left them, and after

@@ -108,6 +108,7 @@ def test_what_the_readme_says_of_all_ratings_is_in_the_records():
     for measure in ("auc", "uauc"):
         assert np.abs(read[measure].to_numpy() - codes[measure].to_numpy()).max() < 0.0125
         assert (read[measure] > printed[measure].max() - 0.0085).all()
+    drawn = read[read.variant == "codes_only"][["auc", "uauc"]].mean().map(lambda value: f"{value:.3f}".lstrip("0"))
     few = metrics[(metrics.profile == "patient") & metrics.variant.isin(read.variant)]
     assert len(few) == 5 and few.auc.max() < 0.7
     text = (bu.ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,6 +116,7 @@ def test_what_the_readme_says_of_all_ratings_is_in_the_records():
         "within about a hundredth of its codes, so to that level too, though *one step* compares them only in part"
         in text
     )
+    assert f"three draws: {'/'.join(drawn)}" in text
     asked = pd.read_parquet(bu.ROOT / "data/results/controls.parquet")
     liked = bu.load_ml1m().test.label[asked.index]
     turned = {name: bu.auc(liked, asked[f"{name}: every bit turned over"]) for name in ("all ratings", "bit lessons")}
