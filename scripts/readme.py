@@ -23,7 +23,7 @@ METHODS = {
     ("codes", "paper"): "codes alone, the paper's formula",
     ("codes", "reference"): "codes alone, the authors' code",
     ("codes", "ste"): "**codes alone, trained through the sign**",
-    ("codes", "ste, no features"): "codes alone, through the sign, no film features",
+    ("codes", "ste, no features"): "codes alone, through the sign, no features",
     ("codes", "ste, no scale"): "codes alone, through the sign, logit a plain sum",
     ("codes", "ste, no dropout"): "codes alone, through the sign, no dropout",
     ("codes", "ste, no average"): "codes alone, through the sign, no average of weights",

@@ -89,6 +89,11 @@ def test_what_the_readme_says_in_a_sentence_is_in_the_records():
     assert ours.auc.min() >= printed.auc.min() and ours.uauc.min() >= printed.uauc.min()
     text = (bu.ROOT / "README.md").read_text(encoding="utf-8")
     assert "rank as well as the paper prints" in text
+    bare = metrics[(metrics.variant == "ste, no features") & (metrics.rows == 7331)]
+    below = pd.read_csv(bu.ROOT / "data/published.csv").query("source == 'paper' and run == 'codes alone'")
+    assert len(bare) == 5 and "from ratings alone they rank between its codes and that" in text
+    for measure in ("auc", "uauc"):
+        assert below[measure].item() < bare[measure].mean() < printed[measure].min()
     past = metrics[(metrics.dataset == "ml-1m-past") & (metrics.split == "test")]
     told = (past.model == "popularity") | (past.variant == "bit lessons")
     coded = past[["variant", "bits"]].apply(tuple, axis=1).isin([("past", 64), ("descent", 128)])

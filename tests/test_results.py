@@ -297,3 +297,20 @@ def test_another_llm_has_records_of_its_own(small, monkeypatch):
         results.answer("text", 0, toy, results.own_profile())
     table = pd.read_csv(folder.parent / "metrics.csv")
     assert set(table.profile) == {"smoke", "smoke-SmolLM2-135M-Instruct"} and len(table) == 4
+
+
+def test_a_changed_recipe_differs_in_what_it_names_alone(toy):
+    """Without features: as `fit_codes` given none. With one part out: another fit than the whole recipe's."""
+    bare = np.zeros((toy.n_items, 0), np.float32)
+    made, _ = results.changed(toy, 16, 3, "ste, no features", 4)
+    same, _ = bu.fit_codes(toy, 16, 3, max_epochs=4, features=bare, progress=False)
+    assert np.array_equal(made.users, same.users) and np.array_equal(made.items, same.items)
+    for name, (recipe, changes, featured) in results.CHANGED.items():
+        built = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bu, "train_cf", lambda model, *a, built=built, **how: built.append((model, how)))
+            results.changed(toy, 16, 3, name, 4)
+        ((model, how),) = built
+        settings = {field: getattr(bu.RECIPES[recipe], field) for field in bu.RECIPES[recipe].__dataclass_fields__}
+        assert vars(model.recipe) == settings | changes and how["average"] == model.recipe.average
+        assert model.features.shape[1] == (bu.item_features(toy).shape[1] if featured else 0)
