@@ -52,7 +52,7 @@ def falsified(dataset, rows, codes, template, seed=0):
         "one bit turned over in both": {side: true[side] ^ one_bit for side in ("users", "items")},  # as many are equal
         "every bit turned over": {side: 1 - true[side] for side in ("users", "items")},  # here too
         "another user's likes": {"likes": [true["likes"][row] for row in other]},
-        "another film's title": {"titles": [true["titles"][row] for row in rng.permutation(len(rows))]},
+        "another film's title": {"titles": [true["titles"][row] for row in of_another_film(rows, rng)]},
         "likes up to the end of training": {"likes": told(known, rows, codes)["likes"]},
     }
     asked = {what: bu.fill(*bu.prompt_fields(template, **(true | false))) for what, false in changes.items()}
@@ -64,6 +64,14 @@ def falsified(dataset, rows, codes, template, seed=0):
         if words in template:
             asked[what] = bu.fill(*bu.prompt_fields(template.replace(words, others), **true))
     return asked
+
+
+def of_another_film(rows, rng):
+    """For each row the place of a random one that is about another film."""
+    items, place = rows.item.to_numpy(), rng.permutation(len(rows))
+    while (same := items[place] == items).any():
+        place[same] = rng.integers(len(rows), size=same.sum())
+    return place
 
 
 def flips(dataset, rows, codes, template):

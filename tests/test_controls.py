@@ -57,6 +57,12 @@ def test_one_thing_is_false_and_all_else_as_it_was(asked, what, changed):
         assert not changed or differs[:, list(changed)].mean() > 0.3
 
 
+def test_another_films_title_is_so_in_every_row(asked):
+    _, true, false = asked
+    titles = [[parts(prompt)[1] for prompt in prompts] for prompts in (true, false["another film's title"])]
+    assert all(one != other for one, other in zip(*titles))
+
+
 def test_one_bit_turned_over_in_both_is_the_same_bit_of_each(asked):
     _, true, false = asked
     places = set()
