@@ -133,9 +133,9 @@ def read_codes(path, users, items, dataset):
         raise ValueError(f"{path} is not there; make it with the command codes")
     try:
         with np.load(path, allow_pickle=False) as kept, zipfile.ZipFile(path) as archive:
-            most = 10_000 * (len(users) + len(items)) + 1_000_000  # bytes, before a stranger's array fills the memory
+            most = max(1 << 30, 10_000 * (len(users) + len(items)))  # bytes, before a stranger's array fills the memory
             if sum(part.file_size for part in archive.infolist()) > most:
-                raise ValueError(f"more than {most:,} bytes")
+                raise ValueError(f"unpacked it has more than {most:,} bytes")
             sides = [(kept[f"{side}s"], kept[f"{side}_ids"].tolist()) for side in ("user", "item")]
             known = str(kept["made_from"]) == bu.digest(dataset.train)
         tables = bu.Codes(*(table for table, _ in sides))

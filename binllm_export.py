@@ -103,7 +103,7 @@ def write_card(folder, title, text, facts, place="."):
     _, llm, _ = _read_adapter(folder)
     lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     with replacing(Path(folder, "README.md")) as part:
-        part.write_text(CARD.format(llm=llm, title=title, text=text, place=place, table=lines))
+        part.write_text(CARD.format(llm=llm.removesuffix("@hub"), title=title, text=text, place=place, table=lines))
 
 
 def write_gguf(model, path, half=True):

@@ -104,8 +104,8 @@ def _cut(rows, part, like, titles, name):
         mine = rows[part == number].reset_index(drop=True)
         if mine.empty:
             raise ValueError(
-                f"{split} would hold no row: rows of one time stay together, and without times users of less than ten "
-                "rows leave none for valid; give more rows, or times that differ"
+                f"{split} would hold no row: rows of one time stay together, and without times users of five rows "
+                "or fewer leave none for valid; give more rows, or times that differ"
             )
         if mine.label.nunique() < 2:
             raise ValueError(
@@ -175,6 +175,8 @@ def guess_columns(names, path="the file", wanted=None):
         found[role] = name
     named = (wanted or {}).values()
     found = {role: None if name in named and role not in wanted else name for role, name in found.items()}
+    if not found["title"] and _plain(found["item"]) in NAMES["title"].split():
+        found["title"] = found["item"]
     if _plain(found["item"]) in ("asin", "parentasin") and "title" not in (wanted or {}):
         found["title"] = None  # Amazon's: the headline of a review
     if not found["item"]:
@@ -189,7 +191,7 @@ def guess_columns(names, path="the file", wanted=None):
         listed = ", ".join(map(repr, others))
         raise ValueError(
             f"{path}: no column of users; if it is among {listed}, say columns={{'user': name}} (shell: {SHELL}); of "
-            "one person's file keep items, ratings and times only"
+            "one person's file keep items, titles, ratings and times, or say what the others are"
         )
     return {role: name for role, name in found.items() if name}
 
@@ -407,7 +409,8 @@ class _Reading:
             for item, title in zip(numbers["item"], _texts(cells["title"])[keep]):
                 if title and self.title_of.setdefault(item, title) != title:
                     self.add("titles other than the first of their item, left out")
-        self.parts.append(pd.DataFrame(numbers | {"value": value[keep].astype(np.float32), "time": time[keep]}))
+        known = numbers | {"value": value[keep].astype(np.float32), "time": time[keep]}
+        self.parts.append(pd.DataFrame(known, index=first + np.flatnonzero(keep)))  # by line
 
     def identified(self, first, role, cells):
         """The ids as texts; blanks around them are cut, and counted."""
@@ -452,9 +455,9 @@ class _Reading:
         value = pd.to_numeric(texts, errors="coerce").to_numpy(float, na_value=np.nan).copy()
         for at in np.flatnonzero(np.isnan(value) & (texts != "").to_numpy()):
             text = texts.iloc[at]
-            if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+            if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", text):
                 raise ValueError(
-                    f"{self.line(first, at)}: the rating {text!r} may be a thousand or a fraction; write 1234"
+                    f"{self.line(first, at)}: the rating {text!r} may be a thousand or a fraction; write 1234 or 1.234"
                 )
             if re.fullmatch(r"-?\d+,\d+", text):
                 value[at], what = float(text.replace(",", ".")), "ratings with a decimal comma"
@@ -482,12 +485,7 @@ class _Reading:
                     f"{self.line(first, odd.argmax())}: the time is {texts.iloc[odd.argmax()][:40]!r}; give a date, or "
                     "seconds since 1970"
                 )
-            number = pd.Series(number.to_numpy(np.int64), index=first + np.arange(len(number)))  # by line
-            try:
-                _seconds(number[~none])
-            except ValueError as error:
-                raise ValueError(f"{self.path}: {str(error).replace('row', 'line', 1)}") from None
-            return number.where(~none, NO_TIME).to_numpy()
+            return np.where(none, NO_TIME, number.astype(np.int64))
         vague = ~(none | texts.str.contains(r"\d{4}") | texts.str.match(DATE)).to_numpy()  # "10:30" would be today
         if vague.any():
             where, text = self.line(first, vague.argmax()), texts.iloc[vague.argmax()][:40]
@@ -538,7 +536,8 @@ class _Reading:
             )
 
     def finished(self, source, titles):
-        rows = pd.concat(self.parts, ignore_index=True) if self.parts else ()
+        rows = pd.concat(self.parts) if self.parts else ()
+        self.parts.clear()  # as large again
         if not len(rows):
             raise ValueError(f"{self.path}: no row has a user, an item and a rating")
         report = {
@@ -555,8 +554,8 @@ class _Reading:
             try:
                 rows["time"] = _seconds(rows.time)
             except ValueError as error:
-                raise ValueError(f"{self.path}: {error}") from None
-            rows = rows.sort_values("time", kind="stable")
+                raise ValueError(f"{self.path}, {str(error).replace('row', 'line', 1)}") from None
+            rows = rows.reset_index(drop=True).sort_values("time", kind="stable")
             if rows.time.max() < 10_000_000:
                 report["times are small"] = "taken as seconds, all of early 1970; are they days or years? Give dates"
             if len(self.zones) == 2:

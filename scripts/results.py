@@ -32,6 +32,7 @@ import records
 
 import binllm_extras as bx
 import binllm_utils as bu
+from binllm_data import SMOLLM2_HUB
 
 
 # -------------------------------------------------------------------------------------------------- without an LLM
@@ -222,6 +223,8 @@ def _tuned(dataset, codes, profile, run, seed, card):
         model, tokenizer, before = tuned_llm(dataset, codes, profile, first, seed)
     else:
         model, tokenizer = bu.load_llm(profile.llm, nf4=run.nf4, layers=profile.layers)
+    if model.name_or_path == SMOLLM2_HUB != card["llm"]:  # the registry failed; these are other weights
+        raise OSError(f"the LLM is {model.name_or_path}, the record is of {card['llm']}; try again later")
     if done:
         return bu.load_adapter(model, folder), tokenizer, pd.read_csv(folder / "curve.csv")
     if card["start"]:

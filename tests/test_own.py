@@ -248,6 +248,33 @@ def test_a_column_that_may_be_the_user_is_not_passed_over(tmp_path, header, row,
     assert read.users == ["ann", "bob"] and len(read.rows) == 2 and "ann" not in read.titles
 
 
+def test_users_of_six_rows_leave_one_for_valid(tmp_path):
+    lines = [f"u{user},i{item},{1 + 4 * ((user + item) % 2)}" for user in range(40) for item in range(6)]
+    read = bo.read_interactions(write(tmp_path, "user,item,rating\n" + "\n".join(lines) + "\n"))
+    assert (read.split().valid.groupby("user").size() == 1).all()
+
+
+def test_titles_named_as_the_items_are_titles_still(tmp_path):
+    path = write(tmp_path, "user,title,rating\n1,Tom &amp; Jerry,5\n2,Dune,1\n")
+    for columns in (None, {"item": "title"}, {"title": "title"}):
+        read = bo.read_interactions(path, columns=columns)
+        assert read.titles == ["Dune", "Tom & Jerry"] and "items without a title, shown by their id" not in read.report
+
+
+def test_a_wrong_unit_names_its_line_wherever_a_part_of_the_file_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(bo, "CHUNK", 4)
+    for early, late in ((8, 1), (4, 4)):  # within a part, and from one part to the next
+        times = [1577836800000] * early + [1577836800] * late
+        lines = [f"u{place},i,{1 + place % 2},{time}" for place, time in enumerate(times)]
+        if early == late:
+            lines += lines[:1]  # the others' unit is that of most rows
+        with pytest.raises(ValueError, match=f"ratings.csv, line {early + 2}: time 1577836800 is not in the unit"):
+            bo.read_interactions(write(tmp_path, "user,item,rating,time\n" + "\n".join(lines) + "\n"))
+    times = [1577836800000] * 4 + [0, 0, 1577836900000]  # a last part of few good times
+    lines = [f"u{place},i,{1 + place % 2},{time}" for place, time in enumerate(times)]
+    assert len(bo.read_interactions(write(tmp_path, "user,item,rating,time\n" + "\n".join(lines) + "\n")).rows) == 7
+
+
 @pytest.mark.parametrize("header", ["movie,rating,date", "name,rating,date"])
 def test_a_file_of_items_and_ratings_is_one_persons(tmp_path, header):
     read = bo.read_interactions(write(tmp_path, f"{header}\nHeat,5,2020-01-01\nDune,1,2020-01-02\n"))
@@ -272,7 +299,7 @@ def test_what_counts_as_liked_is_in_the_report_and_doubted_where_hardly_anything
 def test_a_part_without_rows_is_not_blamed_on_likes(tmp_path):
     lines = [f"u{user},i{item},{1 + 4 * (item % 2)}" for user in range(40) for item in range(5)]
     read = bo.read_interactions(write(tmp_path, "user,item,rating\n" + "\n".join(lines) + "\n"))
-    with pytest.raises(ValueError, match="valid would hold no row: .*users of less than ten rows"):
+    with pytest.raises(ValueError, match="valid would hold no row: .*users of five rows or fewer"):
         read.split()
 
 
@@ -289,6 +316,7 @@ def test_the_columns_of_titles_are_reported(tmp_path):
     ("cells", "values", "repair"),
     [
         (["4,5", "3,0", "2"], [4.5, 3, 2], "ratings with a decimal comma"),
+        (["0,125", "0,5", "1"], [0.125, 0.5, 1], "ratings with a decimal comma"),
         (["★★★½", "½", "★"], [3.5, 0.5, 1], "ratings written in stars"),
         (["yes", "No", "TRUE"], [1, 0, 1], "ratings written as words"),
         (["4.5", " 3 ", "1e0"], [4.5, 3, 1], None),
