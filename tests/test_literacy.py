@@ -97,7 +97,7 @@ def in_small(toy, toy_codes, tmp_path, monkeypatch):
     """The script on toy data and two layers, every file of it under tmp_path."""
     whole = bu.load_llm
 
-    def one_layer(**_):
+    def one_layer(*_, **__):
         return whole(layers=1, nf4=False)
 
     for name, value in (("CACHE", tmp_path / "cache"), ("load_llm", one_layer)):
