@@ -10,7 +10,7 @@ import html
 import json
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -42,11 +42,8 @@ MAGIC = {
 SHELL = "--columns role=name"
 NO_TIME = np.iinfo(np.int64).min
 DATE = r"^(?!\d{4}).*?(?<![\d/.:-])(\d{1,2})([-/. ])(\d{1,2})\2(\d{4}|\d{2})(?![\d:])"  # 31/12/2000, "Sun 31.12.00"
-ONE_PERSON = {
-    "myrating",
-    "yourrating",
-    "letterboxduri",
-}  # Goodreads, IMDb, Letterboxd: whose export it is stands nowhere
+# Columns of exports by Goodreads, IMDb, Letterboxd: whose they are stands nowhere.
+ONE_PERSON = {"myrating", "yourrating", "letterboxduri"}
 MISSING = r"NULL null NaN nan None <NA> \N NA N/A #N/A".split()  # what programs write for an id that is not there
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
 
@@ -186,7 +183,8 @@ def guess_columns(names, path="the file", wanted=None):
         listed = ", ".join(map(repr, names))
         raise ValueError(f"{path}: no column of {lacking} among {listed}; say columns={{role: name}} (shell: {SHELL})")
     others = [name for name in names if name not in found.values()]
-    others += [name for name in (found["title"],) if _plain(name) == "name" and name not in (found["item"], *named)]
+    if _plain(found["title"]) == "name" and found["title"] not in (found["item"], *named):  # perhaps a person's
+        others.append(found["title"])
     if not found["user"] and others and not ONE_PERSON & set(map(_plain, names)):
         listed = ", ".join(map(repr, others))
         raise ValueError(
@@ -233,19 +231,20 @@ class _Source:
         if b"\0" in head and usual != "utf-16":
             raise ValueError(f"{self.path} is not text: there are zero bytes in it")
         for self.encoding in (usual, "cp1252"):
-            try:
+            with suppress(UnicodeDecodeError):
                 self.head = codecs.getincrementaldecoder(self.encoding)().decode(head)
                 with self.path.open(encoding=self.encoding) as file:
                     self.lines = sum(1 for _ in file)  # the whole of it is read, before a row is taken
-            except UnicodeDecodeError:
-                with self.path.open("rb") as file:
-                    odd = next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
-            else:
                 break
         else:  # letters replaced by one sign would make two ids one
-            raise ValueError(f"{self.path}, line {odd}: neither UTF-8 nor Windows-1252; save it as UTF-8")
+            raise ValueError(f"{self.path}, line {self._odd()}: neither UTF-8 nor Windows-1252; save it as UTF-8")
         if self.encoding == "cp1252":
-            self.repairs["not UTF-8, all of it read as Windows-1252"] = f"line {odd} is the first that shows it"
+            self.repairs["not UTF-8, all of it read as Windows-1252"] = f"line {self._odd()} is the first that shows it"
+
+    def _odd(self):
+        """The number of the first line that is no UTF-8."""
+        with self.path.open("rb") as file:
+            return next((number for number, line in enumerate(file, 1) if not _is_utf8(line)), 1)
 
     def _read_head(self):
         lines = self.head.splitlines()
@@ -592,16 +591,16 @@ class _Reading:
     def titles(self, items, path):
         """(title of each item, what there is to report)."""
         known = {name: self.title_of.get(number) for name, number in self.ids["item"].items()}
-        from_where = {}
+        told = {}
         if path is not None:
             listed, more, columns = _read_titles(Path(path))
             known |= listed
-            from_where = {"titles from": f"{Path(path).name}: {columns}"}
+            told["titles from"] = f"{Path(path).name}: {columns}"
             self.add("titles other than the first of their item, left out", more)
         written = [known.get(item) or "" for item in items]
         titles = [re.sub(r"</?[a-zA-Z][^<>]*>", "", html.unescape(title)).strip() for title in written]
         lacking = sum(not title.strip() for title in titles)
-        told = from_where | {"items without a title, shown by their id": lacking}
+        told["items without a title, shown by their id"] = lacking
         told["titles with marks such as &amp; or <i>, cleaned"] = sum(map(str.__ne__, written, titles))
         told["titles that several items have"] = len(titles) - lacking - len({t for t in titles if t.strip()})
         return [title if title.strip() else item for title, item in zip(titles, items)], told

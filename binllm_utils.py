@@ -448,7 +448,7 @@ def check_features(features, dataset):
 
 
 def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=True, features=None):
-    """(Codes, learning curve): `BinMF` by one of RECIPES, trained end to end through its sign (Section 3.2).
+    """(Codes, learning curve): `BinMF` by one of RECIPES, or a `Recipe`, trained through its sign (Section 3.2).
 
     features: float32 [n_items, F]; None takes `item_features` where the recipe has features. Unseen ids then get the
     code that b, and for an item its features, say. The same seed gives the same codes on the same machine.
@@ -463,13 +463,13 @@ def fit_codes(dataset, bits=32, seed=0, recipe="ste", max_epochs=300, progress=T
 
 
 def check_recipe(bits, recipe, max_epochs):
-    """The `Recipe` of that name; raises ValueError for an unknown one, a wrong length, or no epoch."""
+    """The `Recipe` of that name, or given; raises ValueError for an unknown one, a wrong length, or no epoch."""
     check_length(bits)
-    if recipe not in RECIPES:
+    if (how := recipe if isinstance(recipe, Recipe) else RECIPES.get(recipe)) is None:
         raise ValueError(f"recipe is {recipe!r}; choose one of {', '.join(RECIPES)}")
     if max_epochs < 1:
         raise ValueError(f"max_epochs is {max_epochs}; train for one or more")
-    return RECIPES[recipe]
+    return how
 
 
 def check_length(bits):

@@ -102,23 +102,13 @@ def ask(reader, dataset, rows, codes):
     for what in missing:
         p, seconds = results.score_in_parts(model, tokenizer, asked[what], f"controls-{made[what]}", size=500)
         if asked[what] is turned:
-            keep_flips(reader, table.assign(p=p.round(6)))
+            records.put_table(RECORDS / "flips.csv", table.assign(p=p.round(6)), {"reader": reader})
         else:
             records.keep_answers(RECORDS / "controls.parquet", f"{reader}: {what}", dataset, rows, p)
         row = about[what] | {"prompts": len(p), "seconds": round(seconds)}
         records.put_row(RECORDS / "controls.csv", row, ["reader", "change"])
         shutil.rmtree(bu.CACHE / "answers" / f"controls-{made[what]}")
         print(f"{reader}, {what}: asked", flush=True)
-
-
-def keep_flips(reader, table):
-    """Put the turned bits of a reader into flips.csv, in place of earlier ones."""
-    path, others = RECORDS / "flips.csv", []
-    with bu.alone(path):
-        if path.exists():
-            others = [part for name, part in pd.read_csv(path).groupby("reader") if name != reader]
-        with bu.replacing(path) as part:
-            pd.concat([*others, table.assign(reader=reader)]).to_csv(part, index=False)
 
 
 def main():

@@ -110,6 +110,16 @@ def put_row(path, row, key):
             table.to_csv(part, index=False)
 
 
+def put_table(path, table, key):
+    """Put the rows of `table` into the CSV file `path`, with the columns `key` (a dict), in place of those with it."""
+    table = table.assign(**key)
+    with bu.alone(path):
+        others = pd.read_csv(path) if Path(path).exists() else table.head(0)
+        same = (others[list(key)] == list(key.values())).all(axis=1)
+        with bu.replacing(path) as part:
+            pd.concat([others[~same], table]).to_csv(part, index=False)
+
+
 def has_row(path, known):
     """Whether the CSV file `path` is there and has a row with the values `known` (a dict; None is an empty cell)."""
     if not Path(path).exists():

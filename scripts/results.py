@@ -67,12 +67,8 @@ def continuous(dataset, seed, max_epochs):
 def changed(dataset, bits, seed, name, max_epochs):
     """As `bu.fit_codes`, by one of CHANGED."""
     recipe, changes, featured = CHANGED[name]
-    torch.manual_seed(seed)
-    how = replace(bu.RECIPES[recipe], **changes)
-    features = np.zeros((dataset.n_items, 0), np.float32) if how.features and not featured else None
-    model = bu.BinMF(dataset, bits, how, features)
-    curve = bu.train_cf(model, dataset, **how.settings(len(dataset.train)), seed=seed, max_epochs=max_epochs)
-    return model.codes(), curve
+    features = None if featured else np.zeros((dataset.n_items, 0), np.float32)
+    return bu.fit_codes(dataset, bits, seed, replace(bu.RECIPES[recipe], **changes), max_epochs, features=features)
 
 
 def collaborative(dataset, profile):
@@ -322,7 +318,7 @@ def answer(name, seed, dataset, profile):
     if records.has_row(folder / "runs.csv", asked):
         return print(f"{title}: there already", flush=True)
     model, tokenizer, curve = tuned_llm(dataset, codes, profile, run, seed)
-    seconds, count, tokens = 0.0, 0, {}
+    seconds, count = 0.0, 0
     for split, part in rows.items():
         prompts = bu.build_prompts(dataset, part, codes, variant.style, run.fmt, history=run.history)
         p, part_seconds = score_in_parts(model, tokenizer, prompts, f"{asked['made_from']}-{split}")
@@ -334,14 +330,11 @@ def answer(name, seed, dataset, profile):
         what |= {"dataset": dataset.name, "split": split, "seed": seed, "seconds": round(curve.seconds.iloc[-1], 1)}
         records.record(profile, part, p, model="llm", **what)
         seconds, count = seconds + part_seconds, count + len(prompts)
-        tokens[split] = np.mean([len(ids) for ids in tokenizer(prompts).input_ids])
+        if split == "valid":  # rows that every run is asked about
+            tokens = np.mean([len(ids) for ids in tokenizer(prompts).input_ids])
     row = asked | {"variant": run.variant, "format": run.fmt, "seed": seed, "tuning_rows": int(curve.rows.sum())}
-    row |= {
-        "tuning_seconds": round(curve.seconds.iloc[-1], 1),
-        "prompts": count,
-        "seconds_per_prompt": round(seconds / count, 4),
-    }
-    row["tokens"] = round(tokens["valid"], 1)  # rows that every run is asked about
+    row |= {"tuning_seconds": round(curve.seconds.iloc[-1], 1), "prompts": count}
+    row |= {"seconds_per_prompt": round(seconds / count, 4), "tokens": round(tokens, 1)}
     keep_curve(folder / "curves.csv", title, profile, curve)
     records.put_row(folder / "runs.csv", row, ["run", "profile"])
     for split in rows:
@@ -372,12 +365,7 @@ def score_in_parts(model, tokenizer, prompts, key, size=1000):
 
 def keep_curve(path, title, profile, curve):
     """Put a run's learning curve into curves.csv, in place of an earlier one."""
-    curve = curve[["step", "rows", "loss"]].round(4).assign(run=title, profile=profile.name)
-    with bu.alone(path):
-        others = pd.read_csv(path) if path.exists() else curve.head(0)
-        others = others[(others.run != title) | (others.profile != profile.name)]
-        with bu.replacing(path) as part:
-            pd.concat([others, curve]).to_csv(part, index=False)
+    records.put_table(path, curve[["step", "rows", "loss"]].round(4), {"run": title, "profile": profile.name})
 
 
 def own_profile():
